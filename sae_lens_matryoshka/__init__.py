@@ -1,0 +1,13 @@
+"""Matryoshka sparse autoencoders for SAELens.
+
+Importing this package registers the training architecture `"matryoshka"`.
+"""
+
+from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.registration import register
+from sae_lens_matryoshka.training_sae import MatryoshkaTrainingSAE
+
+__version__ = "0.1.0"
+__all__ = ["MatryoshkaTrainingSAE", "MatryoshkaTrainingSAEConfig", "__version__"]
+
+register(MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig)

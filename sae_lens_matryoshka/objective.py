@@ -1,0 +1,258 @@
+"""The nested objective: every prefix of the dictionary reconstructs the activation alone.
+
+Levels p = 1..P end at widths w_1 < … < w_P = d_sae. With codes a (B × d_sae), decoder rows d_j and
+level(j) the first level that contains latent j (arXiv 2503.17547, eq. 3):
+
+    x̂_p = b_dec + Σ_{j: level(j) ≤ p} a_j d_j        r_p = x̂_p − x        L_p = mean_b ‖r_p‖²
+
+`reference_levels` is that formula on dense codes. `encode_selected` and `decode_nested` compute the
+same from the codes that BatchTopK kept, with gradients as sums over those codes: given ∂L/∂L_p = c_p,
+
+    R_g = (2/B) Σ_{p ≥ g} c_p r_p      ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩      ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
+
+so the levels cost P buffers of B × d_in and no extra matrix product. Both functions also hand out the
+rows of the dead latents, because the auxiliary loss' gradient then lands in the same buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags, sum_by_latent
+from sae_lens_matryoshka.prefixes import level_of
+from sae_lens_matryoshka.selection import Codes
+
+
+class Levels(NamedTuple):
+    """What the objective says of one batch.
+
+    Attributes:
+        losses: (P,) squared error of each level, summed over d_in and averaged over the batch.
+        residuals: (P, B, d_in) reconstruction minus activation of each level, without gradient.
+        sae_out: (B, d_in) reconstruction of the outermost level.
+    """
+
+    losses: torch.Tensor
+    residuals: torch.Tensor
+    sae_out: torch.Tensor
+
+
+def reference_levels(
+    reconstructions: torch.Tensor,
+    target: torch.Tensor,
+) -> Levels:
+    """The objective as the paper writes it, from every level's dense reconstruction (P, B, d_in)."""
+    residuals = reconstructions - target
+    return Levels(
+        losses=residuals.pow(2).sum(-1).mean(-1),
+        residuals=residuals.detach(),
+        sae_out=reconstructions[-1],
+    )
+
+
+def reference_reconstructions(
+    acts: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, widths: Sequence[int]
+) -> torch.Tensor:
+    """Every level's reconstruction (P, B, d_in) from dense codes (B, d_sae)."""
+    return torch.stack([acts[:, :width] @ W_dec[:width] + b_dec for width in widths])
+
+
+class Layout(NamedTuple):
+    """The codes of a batch as the bags that the sparse sums run over.
+
+    Attributes:
+        bags: (n,) the code's place among the P · B bags (level, row), ascending.
+        latents: (n,) the codes' latents in that order.
+        order: (n,) that order, as positions in `Codes`.
+        starts: (P · B,) where each bag starts.
+    """
+
+    bags: torch.Tensor
+    latents: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def of(cls, codes: Codes, batch_size: int, widths: Sequence[int]) -> Layout:
+        bags = level_of(codes.latents, widths) * batch_size + codes.rows.int()
+        bags, order = bags.sort(stable=True)
+        return cls(
+            bags=bags,
+            latents=codes.latents[order].int(),
+            order=order,
+            starts=starts_of(bags, len(widths) * batch_size),
+        )
+
+
+def encode_selected(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    codes: Codes,
+    dead: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The kept pre-activations, with gradients to x, W_enc and b_enc.
+
+    Args:
+        x: (B, d_in) encoder input, b_dec already subtracted.
+        W_enc: (d_in, d_sae), whose transpose is best contiguous: gradients are written that way.
+        b_enc: (d_sae,).
+        codes: What `selection.select` kept of this batch.
+        dead: (D,) latents whose encoder the auxiliary loss needs, ascending.
+
+    Returns:
+        (n,) pre-activations of the codes, (D, d_in) encoder rows and (D,) biases of the dead latents.
+    """
+    return _EncodeSelected.apply(x, W_enc, b_enc, codes, dead)  # type: ignore[return-value]
+
+
+def decode_nested(
+    acts: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    target: torch.Tensor,
+    layout: Layout,
+    n_levels: int,
+    dead: torch.Tensor,
+) -> tuple[Levels, torch.Tensor]:
+    """The objective from the kept codes, with gradients to acts, W_dec, b_dec and target.
+
+    Args:
+        acts: (n,) values of the codes, in the order of `Codes`.
+        W_dec: (d_sae, d_in).
+        b_dec: (d_in,).
+        target: (B, d_in) activations to reconstruct.
+        layout: Of the codes that `acts` belong to.
+        n_levels: P.
+        dead: (D,) latents whose decoder rows the auxiliary loss needs, ascending.
+
+    Returns:
+        The levels, and the (D, d_in) decoder rows of the dead latents.
+    """
+    losses, sae_out, residuals, dead_rows = _DecodeNested.apply(  # type: ignore[misc]
+        acts, W_dec, b_dec, target, layout, n_levels, dead
+    )
+    return Levels(losses=losses, residuals=residuals, sae_out=sae_out), dead_rows
+
+
+class _EncodeSelected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        codes: Codes,
+        dead: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, W_enc, codes.rows, codes.latents, dead)
+        ctx.d_sae = b_enc.shape[0]
+        return codes.pre_acts.clone(), W_enc.T[dead], b_enc[dead]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_acts, grad_dead_rows, grad_dead_biases = grads
+        x, W_enc, rows, latents, dead = ctx.saved_tensors
+        grad_acts = grad_acts.to(x.dtype)
+
+        grad_rows = sum_by_latent(x, rows.int(), latents, grad_acts, ctx.d_sae)
+        grad_rows.index_add_(0, dead, grad_dead_rows.to(x.dtype))
+        grad_b_enc = grad_acts.new_zeros(ctx.d_sae).index_add_(0, latents, grad_acts)
+        grad_b_enc.index_add_(0, dead, grad_dead_biases.to(x.dtype))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            encoder_rows = W_enc.T.contiguous()
+            starts = starts_of(rows, x.shape[0])
+            grad_x = sum_bags(encoder_rows, latents.int(), starts, grad_acts.to(W_enc.dtype))
+        return grad_x, grad_rows.to(W_enc.dtype).T, grad_b_enc.to(W_enc.dtype), None, None
+
+
+class _DecodeNested(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        acts: torch.Tensor,
+        W_dec: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor,
+        layout: Layout,
+        n_levels: int,
+        dead: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch_size = target.shape[0]
+        residuals = sum_bags(
+            W_dec, layout.latents, layout.starts, acts[layout.order].to(W_dec.dtype)
+        )
+        residuals = residuals.to(torch.promote_types(W_dec.dtype, target.dtype))
+        residuals = residuals.view(n_levels, batch_size, -1)
+        residuals[0] += b_dec - target
+        for level in range(1, n_levels):
+            residuals[level] += residuals[level - 1]
+        losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(-1)
+        ctx.save_for_backward(acts, W_dec, residuals, dead, *layout)
+        ctx.mark_non_differentiable(residuals)
+        ctx.set_materialize_grads(False)
+        return losses, residuals[-1] + target, residuals, W_dec[dead]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_losses, grad_sae_out, _, grad_dead_rows = grads
+        acts, W_dec, residuals, dead, *layout = ctx.saved_tensors
+        layout = Layout(*layout)
+        n_levels, batch_size, d_in = residuals.shape
+
+        if grad_losses is None:
+            mixed = torch.zeros_like(residuals)
+        else:
+            mixed = residuals * (grad_losses * (2 / batch_size))[:, None, None]
+        if grad_sae_out is not None:
+            mixed[-1] += grad_sae_out
+        for level in reversed(range(n_levels - 1)):
+            mixed[level] += mixed[level + 1]
+        flat = mixed.to(W_dec.dtype).view(n_levels * batch_size, d_in)
+
+        grad_acts = torch.empty_like(acts)
+        grad_acts[layout.order] = dot_bags(
+            flat, W_dec, layout.latents, layout.bags, layout.starts
+        ).to(acts.dtype)
+        grad_W_dec = sum_by_latent(
+            flat, layout.bags, layout.latents, acts[layout.order].to(W_dec.dtype), W_dec.shape[0]
+        )
+        if grad_dead_rows is not None:
+            grad_W_dec.index_add_(0, dead, grad_dead_rows)
+        grad_target = None
+        if ctx.needs_input_grad[3]:
+            grad_target = -mixed[0] if grad_sae_out is None else grad_sae_out - mixed[0]
+        grad_b_dec = mixed[0].sum(0).to(W_dec.dtype)
+        return grad_acts, grad_W_dec, grad_b_dec, grad_target, None, None, None
+
+
+def auxiliary_loss(
+    residual: torch.Tensor,
+    pre_acts: torch.Tensor,
+    norms: torch.Tensor | None,
+    decoder_rows: torch.Tensor,
+) -> torch.Tensor:
+    """SAELens' auxiliary loss: dead latents reconstruct what the living ones leave over.
+
+    The D dead latents with the largest scores of a row, d_in / 2 of them at most, take part, with
+    their pre-activations of either sign (Gao et al., arXiv 2406.04093, appendix A.2, without the
+    division by the residual's variance). Few dead latents weigh less.
+
+    Args:
+        residual: (B, d_in) reconstruction minus activation, without gradient.
+        pre_acts: (B, D) pre-activations of the dead latents.
+        norms: (D,) factor that turns pre-activations into scores, or None where they are scores.
+        decoder_rows: (D, d_in).
+    """
+    n_dead, d_in = decoder_rows.shape
+    k_aux = d_in // 2
+    if n_dead > k_aux:
+        scores = pre_acts if norms is None else pre_acts * norms
+        top = scores.topk(k_aux, sorted=False).indices
+        pre_acts = torch.zeros_like(pre_acts).scatter(-1, top, pre_acts.gather(-1, top))
+    errors = pre_acts @ decoder_rows + residual
+    return min(n_dead / k_aux, 1.0) * errors.pow(2).sum(-1).mean()
