@@ -91,22 +91,25 @@ def encode_selected(
     x: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
+    b_in: torch.Tensor | None,
     codes: Codes,
     dead: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kept pre-activations, with gradients to x, W_enc and b_enc.
+    """The kept pre-activations, with gradients to W_enc, b_enc and b_in, and none to x.
 
     Args:
-        x: (B, d_in) encoder input, b_dec already subtracted.
+        x: (B, d_in) encoder input, `b_in` already subtracted.
         W_enc: (d_in, d_sae), whose transpose is best contiguous: gradients are written that way.
         b_enc: (d_sae,).
+        b_in: (d_in,) what was subtracted from every activation, or None.
         codes: What `selection.select` kept of this batch.
         dead: (D,) latents whose encoder the auxiliary loss needs, ascending.
 
     Returns:
         (n,) pre-activations of the codes, (D, d_in) encoder rows and (D,) biases of the dead latents.
+        The gradient to b_in covers what is computed from the latter two as `x @ rows.T + biases`.
     """
-    return _EncodeSelected.apply(x, W_enc, b_enc, codes, dead)  # type: ignore[return-value]
+    return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, dead)  # type: ignore[return-value]
 
 
 def decode_nested(
@@ -145,29 +148,28 @@ class _EncodeSelected(torch.autograd.Function):
         x: torch.Tensor,
         W_enc: torch.Tensor,
         b_enc: torch.Tensor,
+        b_in: torch.Tensor | None,
         codes: Codes,
         dead: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, W_enc, codes.rows, codes.latents, dead)
-        ctx.d_sae = b_enc.shape[0]
+        ctx.has_b_in = b_in is not None
         return codes.pre_acts.clone(), W_enc.T[dead], b_enc[dead]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_acts, grad_dead_rows, grad_dead_biases = grads
         x, W_enc, rows, latents, dead = ctx.saved_tensors
-        grad_acts = grad_acts.to(x.dtype)
+        d_sae = W_enc.shape[1]
+        grad_acts = grad_acts.to(W_enc.dtype)
 
-        grad_rows = sum_by_latent(x, rows.int(), latents, grad_acts, ctx.d_sae)
-        grad_rows.index_add_(0, dead, grad_dead_rows.to(x.dtype))
-        grad_b_enc = grad_acts.new_zeros(ctx.d_sae).index_add_(0, latents, grad_acts)
-        grad_b_enc.index_add_(0, dead, grad_dead_biases.to(x.dtype))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            encoder_rows = W_enc.T.contiguous()
-            starts = starts_of(rows, x.shape[0])
-            grad_x = sum_bags(encoder_rows, latents.int(), starts, grad_acts.to(W_enc.dtype))
-        return grad_x, grad_rows.to(W_enc.dtype).T, grad_b_enc.to(W_enc.dtype), None, None
+        grad_rows = sum_by_latent(x, rows.int(), latents, grad_acts, d_sae)
+        grad_rows.index_add_(0, dead, grad_dead_rows)
+        grad_b_enc = grad_acts.new_zeros(d_sae).index_add_(0, latents, grad_acts)
+        grad_b_enc.index_add_(0, dead, grad_dead_biases)
+        # each code's gradient to b_in is its encoder row's: sum the codes first, the rows once
+        grad_b_in = -(W_enc @ grad_b_enc) if ctx.has_b_in else None
+        return None, grad_rows.T, grad_b_enc, grad_b_in, None, None
 
 
 class _DecodeNested(torch.autograd.Function):

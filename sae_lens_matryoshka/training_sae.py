@@ -82,7 +82,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             if wants_dead
             else torch.empty(0, dtype=torch.long, device=self.device)
         )
-        run = self._sparse_step if self._runs_sparse() else self._reference_step
+        run = self._reference_step if self._needs_dense(step_input) else self._sparse_step
         step = run(step_input.sae_in, dead)
 
         *inner_losses, mse_loss = step.levels.losses
@@ -112,13 +112,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             output.metrics.update(self._level_metrics(step_input, step))
         return output
 
-    def _runs_sparse(self) -> bool:
-        if self.cfg.implementation != "auto":
-            return self.cfg.implementation == "sparse"
-        # A hook is there to see, or to change, the dense tensors of a step.
-        hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+    def _needs_dense(self, step_input: TrainStepInput) -> bool:
+        """Whether the step is to be computed by the reference."""
+        if self.cfg.implementation == "auto" and self.device.type not in _SPARSE_DEVICES:
+            return True
         return (
-            self.device.type in _SPARSE_DEVICES and not self.cfg.normalizes_per_row and not hooked
+            self.cfg.implementation == "reference"
+            or self.cfg.normalizes_per_row
+            or step_input.sae_in.requires_grad
+            # a hook is there to see, or to change, the dense tensors of a step
+            or any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
         )
 
     def _reference_step(self, sae_in: torch.Tensor, dead: torch.Tensor) -> _Step:
@@ -142,10 +145,14 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         )
 
     def _sparse_step(self, sae_in: torch.Tensor, dead: torch.Tensor) -> _Step:
-        x = self.process_sae_in(sae_in)
-        codes = self._select(x)
+        with torch.no_grad():
+            x = self.process_sae_in(sae_in)
+            codes = self._select(x)
         widths = self.cfg.matryoshka_widths
-        acts, dead_rows, dead_biases = encode_selected(x, self.W_enc, self.b_enc, codes, dead)
+        b_in = self.b_dec if self.cfg.apply_b_dec_to_input else None
+        acts, dead_rows, dead_biases = encode_selected(
+            x, self.W_enc, self.b_enc, b_in, codes, dead
+        )
         levels, dead_decoder_rows = decode_nested(
             acts,
             self.W_dec,
@@ -160,6 +167,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             codes.scores,
             (len(sae_in), self.cfg.d_sae),
             is_coalesced=True,
+            check_invariants=False,
         )
         return _Step(
             levels=levels,
@@ -171,7 +179,6 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             dead_decoder_rows=dead_decoder_rows,
         )
 
-    @torch.no_grad()
     def _select(self, x: torch.Tensor) -> Codes:
         codes = select(
             x,
