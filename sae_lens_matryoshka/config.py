@@ -63,7 +63,8 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             or not 0 < self.k <= self.d_sae
         ):
             raise ValueError(
-                f"k={self.k!r} is not accepted: give a number above 0 and at most d_sae={self.d_sae}."
+                f"k={self.k!r} is not accepted: give a number above 0 and at most "
+                f"d_sae={self.d_sae}."
             )
         if self.implementation not in get_args(Implementation):
             raise ValueError(

@@ -6,12 +6,13 @@ level(j) the first level that contains latent j (arXiv 2503.17547, eq. 3):
     x̂_p = b_dec + Σ_{j: level(j) ≤ p} a_j d_j        r_p = x̂_p − x        L_p = mean_b ‖r_p‖²
 
 `reference_levels` is that formula on dense codes. `encode_selected` and `decode_nested` compute the
-same from the codes that BatchTopK kept, with gradients as sums over those codes: given ∂L/∂L_p = c_p,
+same from the codes that BatchTopK kept, with gradients as sums over those codes. For ∂L/∂L_p = c_p,
 
-    R_g = (2/B) Σ_{p ≥ g} c_p r_p      ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩      ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
+    R_g = (2/B) Σ_{p ≥ g} c_p r_p
+    ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩        ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
 
-so the levels cost P buffers of B × d_in and no extra matrix product. Both functions also hand out the
-rows of the dead latents, because the auxiliary loss' gradient then lands in the same buffers.
+so the levels cost P buffers of B × d_in and no extra matrix product. Both functions also hand out
+the rows of the dead latents, because the auxiliary loss' gradient then lands in the same buffers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def reference_levels(
     reconstructions: torch.Tensor,
     target: torch.Tensor,
 ) -> Levels:
-    """The objective as the paper writes it, from every level's dense reconstruction (P, B, d_in)."""
+    """The objective as the paper writes it, from every level's reconstruction (P, B, d_in)."""
     residuals = reconstructions - target
     return Levels(
         losses=residuals.pow(2).sum(-1).mean(-1),
@@ -106,8 +107,8 @@ def encode_selected(
         dead: (D,) latents whose encoder the auxiliary loss needs, ascending.
 
     Returns:
-        (n,) pre-activations of the codes, (D, d_in) encoder rows and (D,) biases of the dead latents.
-        The gradient to b_in covers what is computed from the latter two as `x @ rows.T + biases`.
+        (n,) pre-activations of the codes, and the dead latents' (D, d_in) encoder rows and (D,)
+        biases. The gradient to b_in covers what becomes of these two as `x @ rows.T + biases`.
     """
     return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, dead)  # type: ignore[return-value]
 

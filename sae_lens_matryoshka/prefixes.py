@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ def resolve_widths(widths: Sequence[int], d_sae: int) -> list[int]:
         ValueError: a width is not a positive integer of at most `d_sae`, or the widths do not
             strictly increase.
     """
-    accepted = f"strictly increasing integers from 1 to d_sae={d_sae}, such as {paper_widths(d_sae)}"
+    accepted = (
+        f"strictly increasing integers from 1 to d_sae={d_sae}, such as {paper_widths(d_sae)}"
+    )
     if isinstance(widths, str) or not isinstance(widths, Sequence):
         raise ValueError(f"matryoshka_widths={widths!r} is not a list; accepted: {accepted}.")
     for width in widths:
@@ -45,7 +48,7 @@ def resolve_widths(widths: Sequence[int], d_sae: int) -> list[int]:
                 f"accepted: {accepted}."
             )
     resolved = [int(width) for width in widths] or paper_widths(d_sae)
-    if any(inner >= outer for inner, outer in zip(resolved, resolved[1:], strict=False)):
+    if any(inner >= outer for inner, outer in itertools.pairwise(resolved)):
         raise ValueError(
             f"matryoshka_widths={resolved} does not strictly increase; accepted: {accepted}."
         )

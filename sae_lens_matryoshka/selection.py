@@ -94,8 +94,8 @@ def select_above(
 ) -> Codes | None:
     """As `select`, from the scores above `floor`; None where those do not settle the set."""
     d_sae = W_enc.shape[1]
-    # A product at or below its limit scores at most `bound`: rounding keeps the order of numbers, so
-    # the same operations on the limits bound what they give on anything below.
+    # A product at or below its limit scores at most `bound`: rounding keeps the order of numbers,
+    # so the same operations on the limits bound what they give on anything below.
     limits = (floor - b_enc) if norms is None else floor / norms - b_enc
     at_limits = limits + b_enc
     bound = (at_limits if norms is None else at_limits * norms).max().item()

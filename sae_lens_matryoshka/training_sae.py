@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,14 +75,12 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     @override
     @torch.compiler.disable  # sorts and sizes that depend on data: compiling could only break it up
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        dead_mask = step_input.dead_neuron_mask
-        wants_dead = dead_mask is not None and self.cfg.aux_loss_coefficient != 0
-        dead = (
-            dead_mask.nonzero().flatten()
-            if wants_dead
-            else torch.empty(0, dtype=torch.long, device=self.device)
-        )
+    def training_forward_pass(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, step_input: TrainStepInput
+    ) -> TrainStepOutput:
+        dead = torch.empty(0, dtype=torch.long, device=self.device)
+        if step_input.dead_neuron_mask is not None and self.cfg.aux_loss_coefficient != 0:
+            dead = step_input.dead_neuron_mask.nonzero().flatten()
         run = self._reference_step if self._needs_dense(step_input) else self._sparse_step
         step = run(step_input.sae_in, dead)
 
@@ -150,9 +149,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             codes = self._select(x)
         widths = self.cfg.matryoshka_widths
         b_in = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        acts, dead_rows, dead_biases = encode_selected(
-            x, self.W_enc, self.b_enc, b_in, codes, dead
-        )
+        acts, dead_rows, dead_biases = encode_selected(x, self.W_enc, self.b_enc, b_in, codes, dead)
         levels, dead_decoder_rows = decode_nested(
             acts,
             self.W_dec,
@@ -199,7 +196,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         widths = self.cfg.matryoshka_widths
         if self.cfg.use_matryoshka_aux_loss:
             ends = [0, *torch.searchsorted(dead, torch.tensor(widths, device=dead.device)).tolist()]
-            groups = list(zip(ends, ends[1:], strict=False))
+            groups = list(itertools.pairwise(ends))
         else:
             groups = [*[(0, 0)] * (len(widths) - 1), (0, len(dead))]
         norms = None
@@ -229,7 +226,9 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             return (step.active_latents < width).sum() / len(sae_in)
 
         metrics: dict[str, Callable[[], torch.Tensor]] = {}
-        for width, loss in zip(self.cfg.matryoshka_widths, step.levels.losses.detach(), strict=True):
+        for width, loss in zip(
+            self.cfg.matryoshka_widths, step.levels.losses.detach(), strict=True
+        ):
             metrics[f"explained_variance_level_{width}"] = partial(explained_variance, loss)
             metrics[f"l0_level_{width}"] = partial(l0, width)
             if step_input.dead_neuron_mask is not None:

@@ -169,7 +169,10 @@ def test_ties_and_few_positives_as_in_saelens(implementation: str) -> None:
         for sae in (peer, ours):
             sae.b_enc.fill_(-3.0)  # almost every pre-activation is negative
     for x in (torch.randn(30, 8), torch.randn(30, 8), torch.randn(30, 8) * 1e-3):
-        expected, actual = outcome(peer, run_step(peer, x, None)), outcome(ours, run_step(ours, x, None))
+        expected, actual = (
+            outcome(peer, run_step(peer, x, None)),
+            outcome(ours, run_step(ours, x, None)),
+        )
         assert (expected["feature_acts"] > 0).sum() < 4 * 30
         assert torch.equal(actual["feature_acts"] > 0, expected["feature_acts"] > 0)
         for name, value in expected.items():

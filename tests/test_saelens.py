@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sae_lens import (
     SAE,
     HookedSAETransformer,
@@ -21,7 +20,7 @@ from sae_lens import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
-from sae_lens.saes.sae import SAEMetadata, TrainingSAE
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import (
     ActivationGenerator,
     FeatureDictionary,
@@ -30,6 +29,7 @@ from sae_lens.synthetic import (
     SyntheticSAERunnerConfig,
     train_toy_sae,
 )
+from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from tests.steps import relative_error, run_step
@@ -61,8 +61,14 @@ def test_whole_run_equals_saelens(tmp_path: Path, options: dict[str, Any]) -> No
     for config_class in (MatryoshkaBatchTopKTrainingSAEConfig, MatryoshkaTrainingSAEConfig):
         folder = tmp_path / config_class.architecture()
         # dead latents wake up through the auxiliary loss from the fifth step on
-        run(runner_config(config_class(**OPTIONS, **options, dtype="float64"), folder, dtype="float64"))
-        saved[config_class.architecture()] = load_file(folder / "output" / "sae_weights.safetensors")
+        run(
+            runner_config(
+                config_class(**OPTIONS, **options, dtype="float64"), folder, dtype="float64"
+            )
+        )
+        saved[config_class.architecture()] = load_file(
+            folder / "output" / "sae_weights.safetensors"
+        )
     for name, expected in saved["matryoshka_batchtopk"].items():
         assert relative_error(saved["matryoshka"][name], expected) < 1e-9, name
 
@@ -227,7 +233,9 @@ def test_runner_options(tmp_path: Path, option: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_dtypes_in_the_runner(tmp_path: Path, dtype: str) -> None:
-    sae = run(runner_config(MatryoshkaTrainingSAEConfig(**OPTIONS, dtype=dtype), tmp_path, dtype=dtype))
+    sae = run(
+        runner_config(MatryoshkaTrainingSAEConfig(**OPTIONS, dtype=dtype), tmp_path, dtype=dtype)
+    )
     assert str(sae.W_dec.dtype) == f"torch.{dtype}"
     loaded = SAE.load_from_disk(tmp_path / "output")
     assert str(loaded.W_dec.dtype) == f"torch.{dtype}"
@@ -243,7 +251,10 @@ def test_wandb_offline_holds_the_level_metrics(
         MatryoshkaTrainingSAEConfig(**OPTIONS),
         tmp_path,
         logger=LoggingConfig(
-            log_to_wandb=True, wandb_project="test", wandb_log_frequency=5, eval_every_n_wandb_logs=2
+            log_to_wandb=True,
+            wandb_project="test",
+            wandb_log_frequency=5,
+            eval_every_n_wandb_logs=2,
         ),
     )
     run(cfg)

@@ -1,4 +1,4 @@
-"""The fast selection returns what ranking the dense scores returns, whatever it is told to expect."""
+"""The fast selection returns what ranking the dense scores does, whatever floor it is told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from sae_lens_matryoshka import selection
 from sae_lens_matryoshka.selection import Codes, select, select_above, select_full
 
 
-def drawn_inputs(seed: int, batch: int, d_in: int, d_sae: int, dtype: torch.dtype, kind: str) -> dict:
+def drawn_inputs(
+    seed: int, batch: int, d_in: int, d_sae: int, dtype: torch.dtype, kind: str
+) -> dict:
     torch.manual_seed(seed)
     x = torch.randn(batch, d_in, dtype=dtype)
     W_enc = torch.randn(d_in, d_sae, dtype=dtype)

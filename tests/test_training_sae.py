@@ -94,7 +94,10 @@ def test_level_metrics_on_logging_steps_only(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda x, sae: x[3, 2:5].fill_(math.nan), r"step 7: sae_in .*\(20, 8\), holds 3 NaN and 0"),
+        (
+            lambda x, sae: x[3, 2:5].fill_(math.nan),
+            r"step 7: sae_in .*\(20, 8\), holds 3 NaN and 0",
+        ),
         (lambda x, sae: x[1].fill_(-math.inf), r"step 7: sae_in .*holds 0 NaN and 8 infinite"),
         (lambda x, sae: x.fill_(1e30), r"step 7: inner_mse_loss_4.*holds 0 NaN and 1 infinite"),
         (lambda x, sae: sae.b_dec.data[:1].fill_(math.nan), r"step 7: the parameter b_dec"),
@@ -123,7 +126,10 @@ def test_compiling_falls_back_and_stays_right() -> None:
     ours.training_forward_pass = torch.compile(ours.training_forward_pass)  # type: ignore[method-assign]
     for step in range(3):
         x = torch.randn(20 + step, 8)
-        expected, actual = outcome(peer, run_step(peer, x, None)), outcome(ours, run_step(ours, x, None))
+        expected, actual = (
+            outcome(peer, run_step(peer, x, None)),
+            outcome(ours, run_step(ours, x, None)),
+        )
         for name, value in expected.items():
             assert relative_error(actual[name], value) < 1e-5, name
         for sae in (peer, ours):

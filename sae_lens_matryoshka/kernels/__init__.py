@@ -1,1 +1,1 @@
-"""Sums over the sparse codes of a batch: the only arithmetic of a step besides the encode product."""
+"""Sums over the sparse codes of a batch, the arithmetic of a step besides the encode product."""

@@ -1,0 +1,66 @@
+"""The demo: a small language model, BatchTopK against Matryoshka, offline, in a few minutes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+
+from sae_lens_matryoshka.demo.corpus import texts
+
+# TransformerLens loads official names only; transformers takes a folder of that name first.
+MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
+N_TEXTS, N_HELD_OUT = 24_000, 2_000
+_MARKER = "demo.txt"
+
+
+def run_demo(out: Path, seed: int = 0) -> int:
+    """Train SAELens' `batchtopk` and our `matryoshka` on the demo model and compare them.
+
+    Leaves in `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
+    `results.md` and `levels.png`, beside the model and the texts that they were trained on.
+
+    Args:
+        out: Folder for everything, made if missing; a demo that is there is run anew.
+        seed: Of the texts, the weights and the order of the activations.
+
+    Returns:
+        The exit code of the process that trains.
+
+    Raises:
+        ValueError: `out` holds something other than a demo.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).exists())):
+        raise ValueError(
+            f"out={str(out)!r} holds something other than a demo: give a new or an empty folder."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).write_text(
+        "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model: "
+        "it only takes the name pythia-70m-deduped, because TransformerLens knows that one.\n"
+    )
+    model = out / MODEL_FOLDER
+    shutil.copytree(Path(__file__).with_name("model"), model, dirs_exist_ok=True)
+    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, 10_000)):
+        (out / name).mkdir(exist_ok=True)
+        rows = Dataset.from_dict({"text": texts(n, seed + offset)})
+        rows.to_parquet(out / name / "train.parquet")
+
+    # The Hub's clients read these when they are imported, so training has a process of its own.
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str((out / ".cache").resolve()),
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", str(seed)],
+        cwd=out,
+        env=environment,
+        check=False,
+    ).returncode
