@@ -78,7 +78,7 @@ def select_full(
     pre_acts = x @ W_enc + b_enc
     scores = (pre_acts if norms is None else pre_acts * norms).relu().flatten()
     top, indices = torch.topk(scores, n_keep)
-    indices = indices[top > 0].sort().values
+    indices = indices[~(top <= 0)].sort().values  # NaN stays, so that the loss shows it
     cut = top[-1].item() if n_keep else 0.0
     rows, latents = indices // W_enc.shape[1], indices % W_enc.shape[1]
     return Codes(rows, latents, scores[indices], pre_acts.flatten()[indices], cut)
@@ -103,7 +103,7 @@ def select_above(
     keys, products = [], []
     for start, stop in _blocks(x, d_sae):
         product = x @ W_enc[:, start:stop]
-        hits = _flat_nonzero(product > limits[start:stop])
+        hits = _flat_nonzero((product <= limits[start:stop]).logical_not_())
         products.append(product.flatten()[hits])
         width = stop - start
         keys.append(torch.div(hits, width, rounding_mode="floor") * d_sae + hits % width + start)
@@ -112,7 +112,7 @@ def select_above(
     pre_acts = torch.cat(products)[order] + b_enc[latents]
     scores = pre_acts if norms is None else pre_acts * norms[latents]
 
-    kept = scores > 0
+    kept = (scores <= 0).logical_not_()
     if int(kept.sum()) >= n_keep:
         cut = torch.topk(scores, n_keep).values[-1].item()
         kept = scores >= cut

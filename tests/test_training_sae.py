@@ -101,6 +101,9 @@ def test_level_metrics_on_logging_steps_only(implementation: str) -> None:
         (lambda x, sae: x[1].fill_(-math.inf), r"step 7: sae_in .*holds 0 NaN and 8 infinite"),
         (lambda x, sae: x.fill_(1e30), r"step 7: inner_mse_loss_4.*holds 0 NaN and 1 infinite"),
         (lambda x, sae: sae.b_dec.data[:1].fill_(math.nan), r"step 7: the parameter b_dec"),
+        (lambda x, sae: sae.b_enc.data[9:10].fill_(math.nan), r"step 7: the parameter b_enc"),
+        (lambda x, sae: sae.W_enc.data[:, 9].fill_(math.nan), r"step 7: the parameter W_enc"),
+        (lambda x, sae: sae.W_dec.data[9].fill_(math.nan), r"step 7: the parameter W_dec"),
     ],
 )
 def test_non_finite_values_stop_the_step(spoil: Any, message: str, implementation: str) -> None:

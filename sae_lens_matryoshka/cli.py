@@ -1,0 +1,152 @@
+"""The command `sae-matryoshka`: train from a config, or run the demo."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
+from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
+from typing_extensions import override
+
+from sae_lens_matryoshka.run_config import (
+    build_run_config,
+    field_names,
+    merged,
+    read_config,
+    sae_config_class,
+    unknown_field,
+)
+from sae_lens_matryoshka.runner import (
+    MatryoshkaTrainingRunner,
+    TrainingInterrupted,
+    check_resumable,
+)
+
+PROGRAM = "sae-matryoshka"
+
+
+class _Parser(ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The words behind the program's name; those of this process where left out.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the command or the config, 130 after SIGINT, 143 after
+        SIGTERM.
+    """
+    parser = _Parser(
+        prog=PROGRAM,
+        description="`train CONFIG.yaml [--field value ...]` trains an SAE, `demo` runs everything "
+        "on a small model; add --help for more.",
+    )
+    parser.add_argument("command", choices=["train", "demo"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    try:
+        parsed = parser.parse_args(argv)
+        run = _plan_train if parsed.command == "train" else _plan_demo
+        planned = run(parsed.arguments)
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        return planned()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _plan_train(words: list[str]) -> Callable[[], int]:
+    has_config = bool(words) and not words[0].startswith("-")
+    config = read_config(words[0]) if has_config else {}
+    # Which fields there are depends on the architecture, so it is read first.
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--sae.architecture", dest="architecture")
+    architecture, flags = parser.parse_known_args(words[1:] if has_config else words)
+    config = merged(config, {"sae": vars(architecture)})
+    cfg = build_run_config(merged(config, _overrides(flags, sae_config_class(config))))
+    check_resumable(cfg)
+    return partial(_train, cfg, [PROGRAM, "train", *words])
+
+
+def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
+    try:
+        MatryoshkaTrainingRunner(cfg).run()
+    except TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        if stopped.checkpoint is not None:
+            command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
+            print(f"Go on with: {shlex.join(command)}", file=sys.stderr)
+        return 128 + stopped.signum
+    if cfg.output_path is not None:
+        print(f"The trained SAE is in {cfg.output_path}.")
+    return 0
+
+
+def _overrides(flags: list[str], sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
+    """The fields that the command line sets, in the shape of a config."""
+    parser = _Parser(
+        prog=f"{PROGRAM} train",
+        usage="%(prog)s [CONFIG.yaml] [--sae.architecture NAME] [--field value ...]",
+        argument_generation_mode=ArgumentGenerationMode.NESTED,
+        nested_mode=NestedMode.WITHOUT_ROOT,
+        allow_abbrev=False,
+    )
+    run_class = make_dataclass(
+        "Run",
+        [("sae", sae_class)],
+        bases=(LanguageModelSAERunnerConfig,),
+        namespace={"__doc__": "Every field of a config; what is set here replaces the config's."},
+    )
+    # Fields that are not given stay out of the result, so the config's own values stand.
+    parser.add_arguments(run_class, dest="run", default=argparse.SUPPRESS)  # type: ignore
+    parsed, unknown = parser.parse_known_args(flags)
+    for word in unknown:
+        if word.startswith("--"):
+            raise unknown_field(word.removeprefix("--").partition("=")[0], field_names(sae_class))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} belongs to no --field; a config comes first.")
+    return _with_null(getattr(parsed, "run", {}))
+
+
+def _with_null(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `null` read as YAML reads it."""
+    return {
+        name: _with_null(value) if isinstance(value, dict) else None if value == "null" else value
+        for name, value in values.items()
+    }
+
+
+def _plan_demo(words: list[str]) -> Callable[[], int]:
+    parser = _Parser(prog=f"{PROGRAM} demo", description="Train and evaluate on a small model.")
+    parser.add_argument("--out", type=Path, default=Path("demo_run"), help="the folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(words)
+
+    return partial(_demo, parsed.out, parsed.seed)
+
+
+def _demo(out: Path, seed: int) -> int:
+    from sae_lens_matryoshka.demo.run import run_demo
+
+    try:
+        return run_demo(out, seed)
+    except ValueError as error:
+        return _refuse(error)
