@@ -38,7 +38,7 @@ from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
-N_EVAL_BATCHES = 8
+N_EVAL_BATCHES = 5
 
 
 def run_config(

@@ -1,0 +1,166 @@
+"""The demo corpus: text written by this module from word lists, the same for the same seed.
+
+It has three kinds of text. *Spelling prompts* follow SAEBench's absorption evaluation, so a model
+trained on them can name a word's first letter. *Word lists* have lines of words that begin alike,
+as in an index, so a model has a reason to hold the letter where it reads the word. *Documents* have
+a topic inside a domain, so a model's activations have a hierarchy: the domain's general words, and
+the topic's specific ones.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from string import ascii_letters, ascii_uppercase
+from typing import Any, NamedTuple
+
+WORDS_PER_PROMPT = 11  # the evaluation shows ten solved words and asks for one more
+OPENERS = ("Each", "Every", "One", "That", "The", "This")
+SENTENCES = (
+    "{opener} {adj} {noun} {verb} {prep} the {noun}.",
+    "{opener} {noun} {verb} {prep} {det} {adj} {noun}.",
+    "{opener} {noun} {verb} {adv} while the {noun} {verb}.",
+    "{opener} {noun} was {adj} but the {noun} {verb} {adv}.",
+    "{opener} {noun} of the {noun} {verb} {prep} {det} {noun} and {verb}.",
+)
+DETERMINERS = ("the", "this", "that", "every", "each", "one")
+# Weights of drawing a word from the topic, its domain, a sibling topic and the neutral words.
+# Siblings and neutral words keep a single token from deciding the topic.
+SOURCE_WEIGHTS = (0.40, 0.22, 0.05, 0.33)
+
+
+class Document(NamedTuple):
+    """A short text and the class that its words come from."""
+
+    text: str
+    domain: str
+    topic: str
+
+
+@cache
+def _words() -> dict[str, Any]:
+    """The word lists of `words.json`, every list of lines split into words."""
+
+    def split(node: Any) -> Any:
+        if isinstance(node, list):
+            return " ".join(node).split()
+        return {key: split(child) for key, child in node.items()}
+
+    return split(json.loads(Path(__file__).with_name("words.json").read_text()))
+
+
+def topics() -> dict[str, list[str]]:
+    """Topics of each domain."""
+    return {name: list(domain["topics"]) for name, domain in _words()["domains"].items()}
+
+
+def topic_words(domain: str, topic: str) -> set[str]:
+    """Words that are specific to a topic; a few of them (`bass`, `bank`) belong to two topics."""
+    by_kind = _words()["domains"][domain]["topics"][topic]
+    return {word for words in by_kind.values() for word in words}
+
+
+def vocabulary() -> list[str]:
+    """Every word of the corpus in lower case, sorted: 35 or more for each letter.
+
+    The rarest letters have some invented words, because English has too few for a probe to be
+    trained on some and tested on others.
+    """
+
+    def flatten(node: Any) -> list[str]:
+        if isinstance(node, list):
+            return node
+        return [word for child in node.values() for word in flatten(child)]
+
+    return sorted(set(flatten(_words())))
+
+
+def spelling_words() -> list[str]:
+    """All strings that spelling prompts ask about, with their leading space where they have one.
+
+    The evaluation asks about every alphabetic token, so these must be all of the tokenizer's:
+    the vocabulary, the capitalised openers, the answers (" A") and the bare letters of its bytes.
+    """
+    spaced = [*vocabulary(), *OPENERS, *ascii_uppercase]
+    return [f" {word}" for word in spaced] + [*OPENERS, *ascii_letters]
+
+
+def spelling_prompts(n: int, seed: int) -> list[str]:
+    """`n` first-letter prompts of eleven lines, in the format of SAEBench's absorption evaluation.
+
+    Each ends with its answer, two characters (" B"): what precedes is the evaluation's prompt.
+    """
+    rng = random.Random(f"spelling {seed}")
+    words = spelling_words()
+
+    def line(word: str) -> str:
+        return f"\n{word} has the first letter: {word.strip()[0].upper()}"
+
+    return ["".join(map(line, rng.sample(words, WORDS_PER_PROMPT))) for _ in range(n)]
+
+
+def word_lists(n: int, seed: int) -> list[str]:
+    """`n` lists of four lines, each of six to twelve words that begin with the same letter.
+
+    Spelling prompts alone teach a small model to look the answer up later, by the word's identity,
+    and linear probes on the word's token then find few of the letters.
+    """
+    rng = random.Random(f"lists {seed}")
+    alike: dict[str, list[str]] = {}
+    for word in vocabulary():
+        alike.setdefault(word[0], []).append(word)
+
+    def line() -> str:
+        return "\n " + " ".join(rng.sample(rng.choice(list(alike.values())), rng.randint(6, 12)))
+
+    return ["".join(line() for _ in range(4)) for _ in range(n)]
+
+
+def documents(n: int, seed: int) -> list[Document]:
+    """`n` documents of four to seven sentences, their topics drawn uniformly."""
+    rng = random.Random(f"documents {seed}")
+    classes = [(domain, topic) for domain, names in topics().items() for topic in names]
+    return [_document(*rng.choice(classes), rng) for _ in range(n)]
+
+
+def texts(n: int, seed: int) -> list[str]:
+    """`n` shuffled texts, what the demo's model and its SAEs train on: half of them documents, a
+    quarter spelling prompts and a quarter word lists.
+    """
+    share = n // 4
+    mixed = spelling_prompts(share, seed) + word_lists(share, seed)
+    mixed += [document.text for document in documents(n - 2 * share, seed)]
+    random.Random(f"texts {seed}").shuffle(mixed)
+    return mixed
+
+
+def _document(domain: str, topic: str, rng: random.Random) -> Document:
+    sentences = (_sentence(domain, topic, rng) for _ in range(rng.randint(4, 7)))
+    return Document(" ".join(sentences), domain, topic)
+
+
+def _sentence(domain: str, topic: str, rng: random.Random) -> str:
+    """A sentence template with every slot filled."""
+    words = _words()
+    sources = words["domains"][domain]
+    siblings = [name for name in sources["topics"] if name != topic]
+
+    def content(kind: str) -> str:
+        sibling = sources["topics"][rng.choice(siblings)]
+        choices = (sources["topics"][topic], sources, sibling, words)
+        source = rng.choices(choices, SOURCE_WEIGHTS)[0]
+        return rng.choice(source.get(kind, words[kind]))  # topics have no adjectives of their own
+
+    fill = {
+        "opener": lambda: rng.choice(OPENERS),
+        "det": lambda: rng.choice(DETERMINERS),
+        "prep": lambda: rng.choice(words["prepositions"]),
+        "adv": lambda: rng.choice(words["adverbs"]),
+        "adj": lambda: content("adjectives"),
+        "noun": lambda: content("nouns"),
+        "verb": lambda: content("verbs"),
+    }
+    parts = rng.choice(SENTENCES).replace(".", "").split()
+    return " ".join(fill[p[1:-1]]() if p[0] == "{" else p for p in parts) + "."
