@@ -64,7 +64,7 @@ class Options:
     dtype: str = "float32"
     autocast: bool = False  # bfloat16 autocast, as SAELens' trainer does it
     rounds: int = 9  # turns of each contestant, after two to warm up
-    out: str | None = None  # JSON file for the table and its conditions
+    out: str | None = None  # write OUT.md and OUT.json: the table, its command and conditions
     memory_of: str | None = None  # measure the memory of this contestant alone, and print it
 
 
@@ -309,8 +309,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
             if kind not in row:
                 cells += ["", ""]
                 continue
-            ratio = base[kind] / row[kind]
-            cells += [f"{row[kind] * scale:.0f} {unit}", f"{ratio:.1f}×"]
+            value = row[kind] * scale
+            cells.append(f"{value:.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}")
+            cells.append(f"{base[kind] / row[kind]:.1f}×" if row[kind] else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -352,27 +353,46 @@ def main() -> None:
     for name in tqdm(names, desc="Memory", disable=None):
         results[name]["memory_mib"] = _memory_in_own_process(options, name)
 
-    print(json.dumps(conditions(options)))
-    print(table(results))
     ours, encode = results[OURS], results[ENCODE]["forward_backward"]
     summary = {
         "forward-backward, SAELens / ours": results[SAELENS]["forward_backward"]
         / ours["forward_backward"],
         "full step, SAELens / ours": results[SAELENS]["step"] / ours["step"],
-        "ours / encode product": ours["forward_backward"] / encode,
-        "five levels / one level": ours["forward_backward"]
+        "forward-backward, ours / encode product": ours["forward_backward"] / encode,
+        "forward-backward, five levels / one level": ours["forward_backward"]
         / results[OURS_FLAT]["forward_backward"],
-        "memory, ours / SAELens": ours["memory_mib"] / results[SAELENS]["memory_mib"],
     }
-    for name, value in summary.items():
-        print(f"{name}: {value:.2f}")
+    if results[SAELENS]["memory_mib"]:  # small steps fit in what the process already holds
+        summary["memory, ours / SAELens"] = ours["memory_mib"] / results[SAELENS]["memory_mib"]
+    report = "\n".join(
+        [
+            f"`{_command(options)}`",
+            "",
+            table(results),
+            "",
+            *(f"- {name}: {value:.2f}" for name, value in summary.items()),
+            "",
+            ", ".join(f"{name} {value}" for name, value in conditions(options).items()),
+        ]
+    )
+    print(report)
     if options.out is not None:
-        Path(options.out).write_text(
-            json.dumps(
-                {"conditions": conditions(options), "results": results, "summary": summary},
-                indent=2,
-            )
-        )
+        out = Path(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(report + "\n")
+        record = {"conditions": conditions(options), "results": results, "summary": summary}
+        out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _command(options: Options) -> str:
+    """The command line that repeats this run."""
+    defaults = asdict(Options())
+    flags = [
+        f"--{name} {value}"
+        for name, value in asdict(options).items()
+        if value != defaults[name] and name != "out"
+    ]
+    return " ".join(["python benchmarks/step_time.py", *flags])
 
 
 if __name__ == "__main__":

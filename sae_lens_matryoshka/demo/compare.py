@@ -32,7 +32,9 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.demo.report import Row, draw_levels, table
+from sae_lens_matryoshka.demo.corpus import documents
+from sae_lens_matryoshka.demo.report import Reading, Row, draw_levels, table
+from sae_lens_matryoshka.demo.run import HELD_OUT_SEED
 from sae_lens_matryoshka.levels import truncate
 from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
 
@@ -109,6 +111,20 @@ def evaluate(sae: JumpReLUSAE, model: HookedTransformer) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def read_text(sae: JumpReLUSAE, widths: list[int], model: HookedTransformer, text: str) -> Reading:
+    """What each level reconstructs of the activations on one text."""
+    tokens = model.to_tokens(text, prepend_bos=True)
+    _, cache = model.run_with_cache(tokens, names_filter=HOOK_NAME)
+    activations = cache[HOOK_NAME][0, 1:]
+    distances = (activations - sae.b_dec).pow(2).sum(-1)
+    missed = [(truncate(sae, w)(activations) - activations).pow(2).sum(-1) for w in widths]
+    return Reading(
+        tokens=[str(token) for token in model.to_str_tokens(tokens[0, 1:])],
+        shares=1 - torch.stack(missed) / distances,
+    )
+
+
 def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
@@ -118,6 +134,7 @@ def main(seed: int) -> None:
 
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
+    saes: dict[str, JumpReLUSAE] = {}
     for sae_cfg in sae_configs():
         name = sae_cfg.architecture()
         print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
@@ -125,6 +142,7 @@ def main(seed: int) -> None:
         frequencies[name] = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
         sae = SAE.load_from_disk(name)
         assert isinstance(sae, JumpReLUSAE)
+        saes[name] = sae
         widths = getattr(sae_cfg, "matryoshka_widths", [D_SAE])
         for width in tqdm(widths, desc=f"Evaluating the levels of {name}"):
             row = Row(
@@ -140,7 +158,15 @@ def main(seed: int) -> None:
         json.dumps({"seed": seed, "rows": [row._asdict() for row in rows]}, indent=2)
     )
     Path("results.md").write_text(table(rows) + "\n")
-    draw_levels(Path("levels.png"), rows, frequencies["matryoshka"], frequencies["batchtopk"])
+    text = documents(1, seed + HELD_OUT_SEED)[0].text
+    widths = [row.width for row in rows if row.sae == "matryoshka"]
+    draw_levels(
+        Path("levels.png"),
+        rows,
+        frequencies["matryoshka"],
+        frequencies["batchtopk"],
+        read_text(saes["matryoshka"], widths, model, text),
+    )
     print(f"\n{table(rows)}\n")
     print(f"Saved in {Path.cwd()}: batchtopk/, matryoshka/, results.json, results.md, levels.png")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")

@@ -53,23 +53,45 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+class Reading(NamedTuple):
+    """How far each level gets on each token of one text.
+
+    Attributes:
+        tokens: The T tokens.
+        shares: (P, T) share of the token's squared distance from b_dec that the level reconstructs.
+    """
+
+    tokens: list[str]
+    shares: torch.Tensor
+
+
 def draw_levels(
-    path: Path, rows: list[Row], frequencies: torch.Tensor, baseline_frequencies: torch.Tensor
+    path: Path,
+    rows: list[Row],
+    frequencies: torch.Tensor,
+    baseline_frequencies: torch.Tensor,
+    reading: Reading,
 ) -> None:
-    """Draw what each level reconstructs, and how often its latents fire, as a PNG.
+    """Draw what each level reconstructs, in all and on one text, and how often its latents fire.
 
     Args:
-        path: File to write.
+        path: PNG file to write.
         rows: Levels of `matryoshka`, and `batchtopk` whole.
         frequencies: (d_sae,) share of tokens on which each Matryoshka latent fires.
         baseline_frequencies: The same of BatchTopK.
+        reading: The levels of `matryoshka` on one text.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = plt.subplot_mosaic(
+        [["variance", "loss", "frequency"], ["text", "text", "text"]],
+        figsize=(13, 7),
+        height_ratios=(3, 2),
+        layout="constrained",
+    )
     levels = [row for row in rows if row.sae == "matryoshka"]
     (baseline,) = (row for row in rows if row.sae == "batchtopk")
     for axis, field, title in (
-        (axes[0], "explained_variance", "Variance explained"),
-        (axes[1], "ce_recovered", "CE loss recovered"),
+        (panels["variance"], "explained_variance", "Variance explained"),
+        (panels["loss"], "ce_recovered", "CE loss recovered"),
     ):
         values = [getattr(row, field) for row in levels]
         axis.plot(
@@ -95,10 +117,14 @@ def draw_levels(
             color=_BATCHTOPK,
             label="BatchTopK, whole",
         )
-        axis.set(xscale="log", xlabel="width (latents)", title=title)
+        axis.set(xscale="log", xlabel="width of the level (latents)", title=title)
+        axis.set_xticks([row.width for row in levels], [str(row.width) for row in levels])
+        axis.minorticks_off()
         axis.margins(0.12, 0.2)
         axis.legend(loc="lower right", fontsize=8)
-    _draw_frequencies(axes[2], [row.width for row in levels], frequencies, baseline_frequencies)
+    widths = [row.width for row in levels]
+    _draw_frequencies(panels["frequency"], widths, frequencies, baseline_frequencies)
+    _draw_reading(panels["text"], widths, reading)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -122,3 +148,11 @@ def _draw_frequencies(
         yscale="log", xlabel="latents of each level", title="How often a latent fires (per token)"
     )
     axis.tick_params(axis="x", rotation=30)
+
+
+def _draw_reading(axis: Axes, widths: list[int], reading: Reading) -> None:
+    image = axis.imshow(reading.shares.clamp(0, 1).numpy(), aspect="auto", cmap="viridis", vmin=0)
+    axis.set_yticks(range(len(widths)), [str(width) for width in widths])
+    axis.set_xticks(range(len(reading.tokens)), reading.tokens, rotation=60, ha="right")
+    axis.set(ylabel="width of the level", title="Share of each token's activation reconstructed")
+    axis.figure.colorbar(image, ax=axis, pad=0.01)

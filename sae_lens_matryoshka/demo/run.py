@@ -15,6 +15,7 @@ from sae_lens_matryoshka.demo.corpus import texts
 # TransformerLens loads official names only; transformers takes a folder of that name first.
 MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
 N_TEXTS, N_HELD_OUT = 24_000, 2_000
+HELD_OUT_SEED = 10_000  # added to the run's seed, for texts that no SAE was trained on
 _MARKER = "demo.txt"
 
 
@@ -45,7 +46,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
     )
     model = out / MODEL_FOLDER
     shutil.copytree(Path(__file__).with_name("model"), model, dirs_exist_ok=True)
-    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, 10_000)):
+    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, HELD_OUT_SEED)):
         (out / name).mkdir(exist_ok=True)
         rows = Dataset.from_dict({"text": texts(n, seed + offset)})
         rows.to_parquet(out / name / "train.parquet")
