@@ -16,7 +16,6 @@ import itertools
 import json
 import logging
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.util import str_to_dtype
 from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
@@ -102,7 +102,8 @@ def _batches(options: Options) -> list[torch.Tensor]:
     for _ in range(4):
         active = torch.rand(options.batch_size, n_features) < 20 / n_features
         batches.append((active * (torch.rand(active.shape) + 0.5)) @ directions)
-    return [batch.to(options.device) for batch in batches]
+    dtype = str_to_dtype(options.dtype)
+    return [batch.to(options.device, dtype) for batch in batches]
 
 
 def _make_sae(name: str, options: Options) -> TrainingSAE[Any]:
@@ -199,6 +200,7 @@ def _dictionary_learning(
         group_fractions=[(b - a) / options.d_sae for a, b in itertools.pairwise(ends)],
         device=options.device,
     )
+    trainer.ae.to(dtype=str_to_dtype(options.dtype))
 
     def mark_dead() -> None:
         trainer.num_tokens_since_fired[contestant.dead] = 10**9
@@ -229,13 +231,14 @@ def measure_times(options: Options, names: list[str]) -> dict[str, dict[str, flo
     times: dict[str, dict[str, list[float]]] = {
         name: {"forward_backward": [], "step": []} for name in [*names, ENCODE]
     }
-    encoder = torch.randn(options.d_in, options.d_sae, device=options.device)
     batch = _batches(options)[0]
+    encoder = torch.randn(options.d_in, options.d_sae, device=options.device).to(batch.dtype)
+    device_type = torch.device(options.device).type
     for _ in tqdm(range(options.rounds + 2), desc="Rounds", disable=None):
         for kind in ("forward_backward", "step"):
             for name, contestant in contestants.items():
                 times[name][kind].append(_seconds(getattr(contestant, kind), options.device))
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.autocast):
+        with torch.autocast(device_type, torch.bfloat16, enabled=options.autocast):
             encode = _seconds(lambda: batch @ encoder, options.device)
         times[ENCODE]["forward_backward"].append(encode)
     return {
@@ -277,7 +280,7 @@ def _resident_mib(field: str = "VmRSS") -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def _memory_in_own_process(options: Options, name: str) -> float:

@@ -16,6 +16,7 @@ from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from typing_extensions import override
 
+from sae_lens_matryoshka.interruption import TrainingInterrupted
 from sae_lens_matryoshka.run_config import (
     build_run_config,
     field_names,
@@ -24,11 +25,7 @@ from sae_lens_matryoshka.run_config import (
     sae_config_class,
     unknown_field,
 )
-from sae_lens_matryoshka.runner import (
-    MatryoshkaTrainingRunner,
-    TrainingInterrupted,
-    check_resumable,
-)
+from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner, check_resumable
 
 PROGRAM = "sae-matryoshka"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from sae_lens import BatchTopKTrainingSAEConfig
+from sae_lens.constants import DTYPE_MAP
 from typing_extensions import override
 
 from sae_lens_matryoshka.prefixes import resolve_widths
@@ -56,6 +57,7 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} is not accepted: give a positive integer.")
+            setattr(self, name, int(value))  # numpy's integers could not be saved as JSON
         if (
             isinstance(self.k, bool)
             or not isinstance(self.k, numbers.Real)
@@ -65,6 +67,11 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
             raise ValueError(
                 f"k={self.k!r} is not accepted: give a number above 0 and at most "
                 f"d_sae={self.d_sae}."
+            )
+        self.k = int(self.k) if isinstance(self.k, numbers.Integral) else float(self.k)
+        if self.dtype not in DTYPE_MAP:
+            raise ValueError(
+                f"dtype={self.dtype!r} is not accepted: give one of {', '.join(DTYPE_MAP)}."
             )
         if self.implementation not in get_args(Implementation):
             raise ValueError(

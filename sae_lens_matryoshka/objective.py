@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags, sum_by_latent
+from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags
 from sae_lens_matryoshka.prefixes import level_of
 from sae_lens_matryoshka.selection import Codes
 
@@ -65,27 +65,38 @@ class Layout(NamedTuple):
     """The codes of a batch as the bags that the sparse sums run over.
 
     Attributes:
-        bags: (n,) the code's place among the P · B bags (level, row), ascending.
-        latents: (n,) the codes' latents in that order.
-        order: (n,) that order, as positions in `Codes`.
-        starts: (P · B,) where each bag starts.
+        latents: (n,) int32, latents of the codes.
+        bags: (n,) int32, each code's place among the B · P bags (row, level); ascending, because
+            codes are ordered by row and latent, and the level grows with the latent.
+        bag_starts: (B · P,) int32, where each bag starts.
+        by_latent: (n,) int64, the codes in ascending order of their latents.
+        latent_starts: (d_sae,) int32, where each latent starts in that order.
     """
 
-    bags: torch.Tensor
     latents: torch.Tensor
-    order: torch.Tensor
-    starts: torch.Tensor
+    bags: torch.Tensor
+    bag_starts: torch.Tensor
+    by_latent: torch.Tensor
+    latent_starts: torch.Tensor
 
     @classmethod
     def of(cls, codes: Codes, batch_size: int, widths: Sequence[int]) -> Layout:
-        bags = level_of(codes.latents, widths) * batch_size + codes.rows.int()
-        bags, order = bags.sort(stable=True)
+        latents = codes.latents.int()
+        bags = codes.rows.int() * len(widths) + level_of(latents, widths)
+        ascending, by_latent = latents.sort(stable=True)
         return cls(
+            latents=latents,
             bags=bags,
-            latents=codes.latents[order].int(),
-            order=order,
-            starts=starts_of(bags, len(widths) * batch_size),
+            bag_starts=starts_of(bags, batch_size * len(widths)),
+            by_latent=by_latent,
+            latent_starts=starts_of(ascending, widths[-1]),
         )
+
+    def sum_by_latent(
+        self, matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Σ_{codes i of latent j} weights_i · matrix[rows_i], (d_sae, d): a weight's gradient."""
+        return sum_bags(matrix, rows[self.by_latent], self.latent_starts, weights[self.by_latent])
 
 
 def encode_selected(
@@ -94,6 +105,7 @@ def encode_selected(
     b_enc: torch.Tensor,
     b_in: torch.Tensor | None,
     codes: Codes,
+    layout: Layout,
     dead: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kept pre-activations, with gradients to W_enc, b_enc and b_in, and none to x.
@@ -104,13 +116,14 @@ def encode_selected(
         b_enc: (d_sae,).
         b_in: (d_in,) what was subtracted from every activation, or None.
         codes: What `selection.select` kept of this batch.
+        layout: Of these codes.
         dead: (D,) latents whose encoder the auxiliary loss needs, ascending.
 
     Returns:
         (n,) pre-activations of the codes, and the dead latents' (D, d_in) encoder rows and (D,)
         biases. The gradient to b_in covers what becomes of these two as `x @ rows.T + biases`.
     """
-    return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, dead)  # type: ignore[return-value]
+    return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, layout, dead)  # type: ignore[return-value]
 
 
 def decode_nested(
@@ -122,7 +135,7 @@ def decode_nested(
     n_levels: int,
     dead: torch.Tensor,
 ) -> tuple[Levels, torch.Tensor]:
-    """The objective from the kept codes, with gradients to acts, W_dec, b_dec and target.
+    """The objective from the kept codes, with gradients to acts, W_dec and b_dec.
 
     Args:
         acts: (n,) values of the codes, in the order of `Codes`.
@@ -151,26 +164,28 @@ class _EncodeSelected(torch.autograd.Function):
         b_enc: torch.Tensor,
         b_in: torch.Tensor | None,
         codes: Codes,
+        layout: Layout,
         dead: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, W_enc, codes.rows, codes.latents, dead)
+        ctx.save_for_backward(x, W_enc, codes.rows, dead, *layout)
         ctx.has_b_in = b_in is not None
         return codes.pre_acts.clone(), W_enc.T[dead], b_enc[dead]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_acts, grad_dead_rows, grad_dead_biases = grads
-        x, W_enc, rows, latents, dead = ctx.saved_tensors
-        d_sae = W_enc.shape[1]
-        grad_acts = grad_acts.to(W_enc.dtype)
+        x, W_enc, rows, dead, *layout = ctx.saved_tensors
+        layout = Layout(*layout)
+        rows, grad_acts = rows.int(), grad_acts.to(W_enc.dtype)
 
-        grad_rows = sum_by_latent(x, rows.int(), latents, grad_acts, d_sae)
+        grad_rows = layout.sum_by_latent(x, rows, grad_acts)
         grad_rows.index_add_(0, dead, grad_dead_rows)
-        grad_b_enc = grad_acts.new_zeros(d_sae).index_add_(0, latents, grad_acts)
+        one = grad_acts.new_ones(1, 1)
+        grad_b_enc = layout.sum_by_latent(one, torch.zeros_like(rows), grad_acts).squeeze(-1)
         grad_b_enc.index_add_(0, dead, grad_dead_biases)
         # each code's gradient to b_in is its encoder row's: sum the codes first, the rows once
         grad_b_in = -(W_enc @ grad_b_enc) if ctx.has_b_in else None
-        return None, grad_rows.T, grad_b_enc, grad_b_in, None, None
+        return None, grad_rows.T, grad_b_enc, grad_b_in, None, None, None
 
 
 class _DecodeNested(torch.autograd.Function):
@@ -185,52 +200,43 @@ class _DecodeNested(torch.autograd.Function):
         n_levels: int,
         dead: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch_size = target.shape[0]
-        residuals = sum_bags(
-            W_dec, layout.latents, layout.starts, acts[layout.order].to(W_dec.dtype)
-        )
+        residuals = sum_bags(W_dec, layout.latents, layout.bag_starts, acts.to(W_dec.dtype))
         residuals = residuals.to(torch.promote_types(W_dec.dtype, target.dtype))
-        residuals = residuals.view(n_levels, batch_size, -1)
-        residuals[0] += b_dec - target
+        residuals = residuals.view(len(target), n_levels, -1)
+        residuals[:, 0] += b_dec - target
         for level in range(1, n_levels):
-            residuals[level] += residuals[level - 1]
-        losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(-1)
+            residuals[:, level] += residuals[:, level - 1]
+        # the norm reads the residuals once; their squares would be a second buffer of that size
+        losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(0)
         ctx.save_for_backward(acts, W_dec, residuals, dead, *layout)
-        ctx.mark_non_differentiable(residuals)
         ctx.set_materialize_grads(False)
-        return losses, residuals[-1] + target, residuals, W_dec[dead]
+        by_level = residuals.transpose(0, 1)
+        ctx.mark_non_differentiable(by_level)
+        return losses, residuals[:, -1] + target, by_level, W_dec[dead]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_losses, grad_sae_out, _, grad_dead_rows = grads
         acts, W_dec, residuals, dead, *layout = ctx.saved_tensors
         layout = Layout(*layout)
-        n_levels, batch_size, d_in = residuals.shape
+        batch_size, n_levels, d_in = residuals.shape
 
         if grad_losses is None:
             mixed = torch.zeros_like(residuals)
         else:
-            mixed = residuals * (grad_losses * (2 / batch_size))[:, None, None]
+            mixed = residuals * (grad_losses * (2 / batch_size))[:, None]
         if grad_sae_out is not None:
-            mixed[-1] += grad_sae_out
+            mixed[:, -1] += grad_sae_out
         for level in reversed(range(n_levels - 1)):
-            mixed[level] += mixed[level + 1]
-        flat = mixed.to(W_dec.dtype).view(n_levels * batch_size, d_in)
+            mixed[:, level] += mixed[:, level + 1]
+        flat = mixed.to(W_dec.dtype).view(batch_size * n_levels, d_in)
 
-        grad_acts = torch.empty_like(acts)
-        grad_acts[layout.order] = dot_bags(
-            flat, W_dec, layout.latents, layout.bags, layout.starts
-        ).to(acts.dtype)
-        grad_W_dec = sum_by_latent(
-            flat, layout.bags, layout.latents, acts[layout.order].to(W_dec.dtype), W_dec.shape[0]
-        )
+        grad_acts = dot_bags(flat, W_dec, layout.latents, layout.bags, layout.bag_starts)
+        grad_W_dec = layout.sum_by_latent(flat, layout.bags, acts.to(W_dec.dtype))
         if grad_dead_rows is not None:
             grad_W_dec.index_add_(0, dead, grad_dead_rows)
-        grad_target = None
-        if ctx.needs_input_grad[3]:
-            grad_target = -mixed[0] if grad_sae_out is None else grad_sae_out - mixed[0]
-        grad_b_dec = mixed[0].sum(0).to(W_dec.dtype)
-        return grad_acts, grad_W_dec, grad_b_dec, grad_target, None, None, None
+        grad_b_dec = mixed[:, 0].sum(0).to(W_dec.dtype)
+        return grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, None, None, None, None
 
 
 def auxiliary_loss(

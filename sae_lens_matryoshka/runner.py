@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, logger
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.config import HfDataset
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
+    SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import SafetensorError, safe_open
 from typing_extensions import override
+
+from sae_lens_matryoshka.interruption import InterruptibleFit, n_whole_steps, save_whole
 
 if TYPE_CHECKING:  # transformer-lens 2 and 3 keep it in different modules
     from transformer_lens.HookedRootModule import HookedRootModule
 
 _RESUME_FILES = (
+    SAE_CFG_FILENAME,
+    SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -38,21 +37,8 @@ _RESUME_FILES = (
 )
 # These two are estimated before the first step and folded into the weights after the last.
 _FOLDED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM stopped the training.
-
-    Args:
-        signum: The signal.
-        message: What was kept, and how to go on.
-        checkpoint: The folder to give as `resume_from_checkpoint`; None where nothing was saved.
-    """
-
-    def __init__(self, signum: int, message: str, checkpoint: Path | None = None):
-        super().__init__(f"{signal.Signals(signum).name}: {message}")
-        self.signum = signum
-        self.checkpoint = checkpoint
+# What a run may go on with in another way: where and how it computes, and what it is called.
+_CHANGEABLE = {"device", "implementation", "metadata"}
 
 
 class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
@@ -91,7 +77,13 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.resume_from_checkpoint is not None:
             # SAELens would do this beside its prefetching thread, both drawing from one generator.
             self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
-        return super().run()
+        # Both SAELens and `InterruptibleFit` replace these; the trained SAE is saved after `fit`.
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return super().run()
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
     @override
     def run_trainer_with_interruption_handling(
@@ -104,9 +96,9 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             if samples >= trainer.n_training_samples
         ]
         # SAELens saves its own checkpoints of a step before it counts that step.
-        trainer.n_training_steps = _n_whole_steps(trainer)
-        trainer.save_checkpoint = partial(_save_whole, trainer, trainer.save_checkpoint)
-        return _InterruptibleFit(trainer).run()
+        trainer.n_training_steps = n_whole_steps(trainer)
+        trainer.save_checkpoint = partial(save_whole, trainer, trainer.save_checkpoint)
+        return InterruptibleFit(trainer).run()
 
 
 def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -130,14 +122,9 @@ def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
     try:
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as weights:
-            d_sae, d_in = weights.get_slice("W_dec").get_shape()
+            weights.keys()
     except SafetensorError as error:
         raise ValueError(f"{given}: {SAE_WEIGHTS_FILENAME} is broken ({error}).") from error
-    if (d_in, d_sae) != (cfg.sae.d_in, cfg.sae.d_sae):
-        raise ValueError(
-            f"{given} holds an SAE of d_in={d_in} and d_sae={d_sae}; the config has "
-            f"sae.d_in={cfg.sae.d_in} and sae.d_sae={cfg.sae.d_sae}."
-        )
     scaler = json.loads((folder / ACTIVATION_SCALER_CFG_FILENAME).read_text())
     is_scaled = scaler["scaling_factor"] is not None or scaler.get("has_whitening", False)
     if cfg.sae.normalize_activations in _FOLDED_NORMALIZATIONS and not is_scaled:
@@ -145,152 +132,11 @@ def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"{given} holds a finished SAE: its activation normalization is folded into the "
             "weights. Accepted: a checkpoint saved during training."
         )
-
-
-class _InterruptibleFit:
-    """`trainer.fit()` that a signal stops only between two steps.
-
-    `fit` begins each step with `maybe_reset_sparsity`, where all counters agree and no batch is
-    drawn, and computes it in `step`; both are public seams of SAELens' trainer.
-    """
-
-    def __init__(self, trainer: SAETrainer[TrainingSAE[Any], Any]):
-        self._trainer = trainer
-        self._begin_step = trainer.maybe_reset_sparsity
-        self._compute_step = trainer.step
-        self._signum: int | None = None
-        self._n_steps_before = _n_whole_steps(trainer)
-        self._has_begun = False
-        self._undo_step: Callable[[], None] | None = None
-
-    def run(self) -> TrainingSAE[Any]:
-        trainer = self._trainer
-        trainer.maybe_reset_sparsity = self._begin_step_or_stop
-        trainer.step = self._step
-        previous = {
-            signum: signal.signal(signum, self._on_signal)
-            for signum in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            return trainer.fit()
-        except Exception:
-            if self._undo_step is not None:
-                self._undo_step()
-            if _n_whole_steps(trainer) > self._n_steps_before:
-                logger.error(_keep(trainer)[1])
-            raise
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if not self._has_begun:
-            raise TrainingInterrupted(signum, "stopped before the first step, nothing to save.")
-        if self._signum is not None:
-            raise TrainingInterrupted(signum, "stopped at once by a second signal, nothing saved.")
-        self._signum = signum
-        # Not print or logging: the signal may have come while they were writing.
-        os.write(2, b"\nStopping after this step. Another signal stops at once, unsaved.\n")
-
-    def _begin_step_or_stop(self) -> dict[str, Any]:
-        if self._signum is not None:
-            checkpoint, message = _keep(self._trainer)
-            raise TrainingInterrupted(self._signum, message, checkpoint)
-        self._undo_step = _undo(self._trainer)
-        return self._begin_step()
-
-    def _step(self, batch: torch.Tensor) -> TrainStepOutput:
-        self._has_begun = True
-        output = self._compute_step(batch)
-        self._undo_step = None
-        return output
-
-
-def _n_whole_steps(trainer: SAETrainer[TrainingSAE[Any], Any]) -> int:
-    """Steps whose weights are in: the schedule's count, the last thing that a step does."""
-    return trainer.lr_scheduler.last_epoch
-
-
-def _undo(trainer: SAETrainer[TrainingSAE[Any], Any]) -> Callable[[], None]:
-    """What takes the counters back to now; a step that broke off has not reached the weights."""
-    n_training_samples = trainer.n_training_samples
-    n_frac_active_samples = trainer.n_frac_active_samples
-    act_freq_scores = trainer.act_freq_scores.clone()
-    n_forward_passes_since_fired = trainer.n_forward_passes_since_fired.clone()
-    buffers = {name: buffer.clone() for name, buffer in trainer.sae.named_buffers()}
-
-    def undo() -> None:
-        trainer.n_training_samples = n_training_samples
-        trainer.n_frac_active_samples = n_frac_active_samples
-        trainer.act_freq_scores = act_freq_scores
-        trainer.n_forward_passes_since_fired = n_forward_passes_since_fired
-        trainer.sae.load_state_dict(buffers, strict=False)
-
-    return undo
-
-
-def _keep(trainer: SAETrainer[TrainingSAE[Any], Any]) -> tuple[Path | None, str]:
-    """Save the run as it stands: the checkpoint, if there is one, and what to tell the user."""
-    step = _n_whole_steps(trainer)
-    base = trainer.cfg.checkpoint_path
-    if base is None:
-        return None, (
-            f"nothing of the {step} steps could be kept, because checkpoint_path is not set. With "
-            "checkpoint_path set to a folder, a run that is stopped can be gone on with."
-        )
-    # An upload may fail or hang, and the checkpoint on disk must not depend on it.
-    trainer.cfg = replace(trainer.cfg, logger=replace(trainer.cfg.logger, log_to_wandb=False))
-    name = str(trainer.n_training_samples)
-    checkpoint = (Path(base) / name).resolve()
-    try:
-        trainer.save_checkpoint(name)
-    except Exception as error:
-        return None, f"step {step} could not be saved in {checkpoint}: {error}"
-    return checkpoint, (
-        f"step {step} ({name} training samples) is saved in {checkpoint}. To go on, start the same "
-        f"run with --resume_from_checkpoint {checkpoint} (in a config: resume_from_checkpoint)."
-    )
-
-
-def _save_whole(
-    trainer: SAETrainer[TrainingSAE[Any], Any],
-    save: Callable[..., None],
-    checkpoint_name: str,
-    base_path: Path | str | None = None,
-    wandb_aliases: list[str] | None = None,
-) -> None:
-    """`trainer.save_checkpoint` that leaves a whole checkpoint, or what was there before."""
-    base = base_path if base_path is not None else trainer.cfg.checkpoint_path
-    if base is None:
-        save(checkpoint_name, base_path, wandb_aliases)
-        return
-    _require_finite(trainer)
-    checkpoint = Path(base) / checkpoint_name
-    unfinished = checkpoint.with_name(f".{checkpoint_name}.unfinished")
-    replaced = checkpoint.with_name(f".{checkpoint_name}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    n_training_steps = trainer.n_training_steps
-    trainer.n_training_steps = _n_whole_steps(trainer)
-    try:
-        save(unfinished.name, base_path, wandb_aliases)
-        if checkpoint.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            checkpoint.rename(replaced)
-        unfinished.rename(checkpoint)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        trainer.n_training_steps = n_training_steps
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _require_finite(trainer: SAETrainer[TrainingSAE[Any], Any]) -> None:
-    tensors = dict(trainer.sae.state_dict())
-    for name, parameter in trainer.sae.named_parameters():
-        for moment, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"Adam's {moment} of {name}"] = value
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"{', '.join(broken)} not finite after step {_n_whole_steps(trainer)}; a checkpoint of "
-            "it would be useless, and earlier ones are left as they are."
-        )
+    saved = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    wanted = json.loads(json.dumps(cfg.sae.to_dict()))
+    for name in sorted(wanted.keys() - _CHANGEABLE):
+        if saved.get(name) != wanted[name]:
+            raise ValueError(
+                f"{given} was trained with sae.{name}={saved.get(name)!r}; the config has "
+                f"sae.{name}={wanted[name]!r}. Accepted: the same value."
+            )

@@ -17,9 +17,13 @@ import torch
 # cent from batch to batch, and a candidate too many costs far less than a full ranking.
 FLOOR_FRACTION = 0.8
 
-# A block of pre-activations that stays in a core's cache is filtered there, not in main memory.
-_CPU_BLOCK_ELEMENTS = 2**19
-_CPU_MIN_BLOCK_WIDTH = 256
+# More candidates than this many times those kept cost what a full ranking does, and more memory.
+_MAX_CANDIDATES = 16
+
+# On a CPU, a block of pre-activations is filtered in a core's cache; elsewhere it bounds memory.
+_BLOCK_ELEMENTS = {"cpu": 2**19}
+_DEFAULT_BLOCK_ELEMENTS = 2**27
+_MIN_BLOCK_WIDTH = 256
 
 
 class Codes(NamedTuple):
@@ -60,7 +64,8 @@ def select(
             wrong guess costs time only.
     """
     codes = None
-    if floor is not None and n_keep > 0:
+    # 16-bit scores tie at the cut in nearly every batch, and ties need the full ranking anyway
+    if floor is not None and n_keep > 0 and b_enc.dtype.itemsize > 2:
         codes = select_above(x, W_enc, b_enc, norms, n_keep, floor)
     if codes is None:
         codes = select_full(x, W_enc, b_enc, norms, n_keep)
@@ -76,7 +81,7 @@ def select_full(
 ) -> Codes:
     """As `select`, from the dense B × d_sae scores: SAELens' own ranking, ties included."""
     pre_acts = x @ W_enc + b_enc
-    scores = (pre_acts if norms is None else pre_acts * norms).relu().flatten()
+    scores = (pre_acts.relu() if norms is None else (pre_acts * norms).relu_()).flatten()
     top, indices = torch.topk(scores, n_keep)
     indices = indices[~(top <= 0)].sort().values  # NaN stays, so that the loss shows it
     cut = top[-1].item() if n_keep else 0.0
@@ -98,12 +103,18 @@ def select_above(
     # so the same operations on the limits bound what they give on anything below.
     limits = (floor - b_enc) if norms is None else floor / norms - b_enc
     at_limits = limits + b_enc
-    bound = (at_limits if norms is None else at_limits * norms).max().item()
+    if norms is not None:
+        at_limits = torch.where(norms == 0, 0.0, at_limits * norms)  # not inf · 0
+    bound = at_limits.max().item()
 
-    keys, products = [], []
+    keys, products, n_candidates = [], [], 0
     for start, stop in _blocks(x, d_sae):
         product = x @ W_enc[:, start:stop]
+        # NaN is neither above nor below: let it through, so that the loss shows it
         hits = _flat_nonzero((product <= limits[start:stop]).logical_not_())
+        n_candidates += len(hits)
+        if n_candidates > _MAX_CANDIDATES * n_keep:
+            return None
         products.append(product.flatten()[hits])
         width = stop - start
         keys.append(torch.div(hits, width, rounding_mode="floor") * d_sae + hits % width + start)
@@ -112,12 +123,12 @@ def select_above(
     pre_acts = torch.cat(products)[order] + b_enc[latents]
     scores = pre_acts if norms is None else pre_acts * norms[latents]
 
-    kept = (scores <= 0).logical_not_()
-    if int(kept.sum()) >= n_keep:
+    kept = _flat_nonzero((scores <= 0).logical_not_())
+    if len(kept) >= n_keep:
         cut = torch.topk(scores, n_keep).values[-1].item()
-        kept = scores >= cut
+        kept = _flat_nonzero(scores >= cut)
         # Scores that tie at the cut are SAELens' to choose from, by ranking all of them.
-        if not cut > bound or int(kept.sum()) != n_keep:
+        if not cut > bound or len(kept) != n_keep:
             return None
     elif bound <= 0:
         cut = 0.0
@@ -128,9 +139,8 @@ def select_above(
 
 
 def _blocks(x: torch.Tensor, d_sae: int) -> list[tuple[int, int]]:
-    if x.device.type != "cpu":
-        return [(0, d_sae)]
-    width = max(_CPU_MIN_BLOCK_WIDTH, _CPU_BLOCK_ELEMENTS // max(1, x.shape[0]))
+    elements = _BLOCK_ELEMENTS.get(x.device.type, _DEFAULT_BLOCK_ELEMENTS)
+    width = max(_MIN_BLOCK_WIDTH, elements // max(1, len(x)))
     return [(start, min(start + width, d_sae)) for start in range(0, d_sae, width)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,24 +78,25 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     def training_forward_pass(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, step_input: TrainStepInput
     ) -> TrainStepOutput:
-        dead = torch.empty(0, dtype=torch.long, device=self.device)
+        dead = torch.empty(0, dtype=torch.long, device=step_input.sae_in.device)
         if step_input.dead_neuron_mask is not None and self.cfg.aux_loss_coefficient != 0:
             dead = step_input.dead_neuron_mask.nonzero().flatten()
         run = self._reference_step if self._needs_dense(step_input) else self._sparse_step
         step = run(step_input.sae_in, dead)
 
         *inner_losses, mse_loss = step.levels.losses
+        auxiliary_loss = self._auxiliary_loss(step, dead)
         losses = {
             "mse_loss": mse_loss,
-            "auxiliary_reconstruction_loss": self._auxiliary_loss(step, dead),
+            "auxiliary_reconstruction_loss": auxiliary_loss,
             **{
                 f"inner_mse_loss_{width}": loss
                 for width, loss in zip(self.cfg.matryoshka_widths, inner_losses, strict=False)
             },
         }
-        loss = torch.stack(list(losses.values())).sum()
+        loss = step.levels.losses.sum() + auxiliary_loss
         if not loss.isfinite():
-            raise ValueError(self._not_finite(step_input, losses))
+            raise ValueError(self._not_finite(step_input, {**losses, "the sum of losses": loss}))
 
         self.update_topk_threshold(step.active)
         output = TrainStepOutput(
@@ -113,14 +114,25 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether the step is to be computed by the reference."""
-        if self.cfg.implementation == "auto" and self.device.type not in _SPARSE_DEVICES:
+        sae_in = step_input.sae_in
+        if self.cfg.implementation == "auto" and sae_in.device.type not in _SPARSE_DEVICES:
             return True
+        # A hook is there to see, or to change, the dense tensors of a step.
+        points = (
+            self.hook_sae_input,
+            self.hook_sae_acts_pre,
+            self.hook_sae_acts_post,
+            self.hook_sae_recons,
+        )
+        hooked = any(
+            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
+            for point in points
+        )
         return (
-            self.cfg.implementation == "reference"
+            hooked
+            or self.cfg.implementation == "reference"
             or self.cfg.normalizes_per_row
-            or step_input.sae_in.requires_grad
-            # a hook is there to see, or to change, the dense tensors of a step
-            or any(hook.fwd_hooks or hook.bwd_hooks for hook in self.hook_dict.values())
+            or sae_in.requires_grad
         )
 
     def _reference_step(self, sae_in: torch.Tensor, dead: torch.Tensor) -> _Step:
@@ -129,9 +141,10 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         acts, pre_acts = feature_acts, hidden_pre
         if norms is not None:
             acts, pre_acts = feature_acts / norms, hidden_pre / norms
-        reconstructions = self.hook_sae_recons(
-            reference_reconstructions(acts, self.W_dec, self.b_dec, self.cfg.matryoshka_widths)
+        *inner, outermost = reference_reconstructions(
+            acts, self.W_dec, self.b_dec, self.cfg.matryoshka_widths
         )
+        reconstructions = torch.stack([*inner, self.hook_sae_recons(outermost)])
         rows, latents = feature_acts.detach().nonzero(as_tuple=True)
         return _Step(
             levels=reference_levels(self.run_time_activation_norm_fn_out(reconstructions), sae_in),
@@ -149,13 +162,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             codes = self._select(x)
         widths = self.cfg.matryoshka_widths
         b_in = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        acts, dead_rows, dead_biases = encode_selected(x, self.W_enc, self.b_enc, b_in, codes, dead)
+        layout = Layout.of(codes, len(sae_in), widths)
+        acts, dead_rows, dead_biases = encode_selected(
+            x, self.W_enc, self.b_enc, b_in, codes, layout, dead
+        )
         levels, dead_decoder_rows = decode_nested(
             acts,
             self.W_dec,
             self.b_dec,
             sae_in,
-            Layout.of(codes, len(sae_in), widths),
+            layout,
             len(widths),
             dead,
         )
@@ -217,10 +233,15 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         self, step_input: TrainStepInput, step: _Step
     ) -> dict[str, Callable[[], torch.Tensor]]:
         """Variance explained, mean L0 and dead latents of each level, computed when called."""
-        sae_in = step_input.sae_in
+        # SAELens promotes likewise: sums of squares in 16 bits are too coarse
+        sae_in = step_input.sae_in.to(torch.promote_types(step_input.sae_in.dtype, torch.float32))
+
+        @cache
+        def variance() -> torch.Tensor:
+            return (sae_in - sae_in.mean(0)).pow(2).sum(-1).mean()
 
         def explained_variance(level_loss: torch.Tensor) -> torch.Tensor:
-            return 1 - level_loss / (sae_in - sae_in.mean(0)).pow(2).sum(-1).mean()
+            return 1 - level_loss / variance()
 
         def l0(width: int) -> torch.Tensor:
             return (step.active_latents < width).sum() / len(sae_in)

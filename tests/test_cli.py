@@ -15,8 +15,8 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, cli
+from sae_lens_matryoshka.interruption import TrainingInterrupted
 from sae_lens_matryoshka.run_config import build_run_config, load_run_config
-from sae_lens_matryoshka.runner import TrainingInterrupted
 from tests.tiny import N_CTX, tiny_model, token_dataset
 
 CONFIG = """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -72,6 +74,7 @@ def test_missing_last_width_is_added_with_a_warning_to_a_list_of_our_own() -> No
         ({"normalize_activations": "layer_norm"}, r"'layer_norm'.*aux_loss_coefficient=1\.0"),
         ({"normalize_activations": "constant_norm_rescale"}, r"'constant_norm_rescale'.*'none'"),
         ({"normalize_activations": "rms"}, r"rms"),
+        ({"dtype": "float99"}, r"dtype='float99' .*float32"),
         (
             {
                 "normalize_activations": "layer_norm",
@@ -94,6 +97,16 @@ def test_round_trip_through_saelens() -> None:
     assert isinstance(again, MatryoshkaTrainingSAEConfig)
     assert again.to_dict() == cfg.to_dict()
     assert isinstance(TrainingSAE.from_dict(cfg.to_dict()), MatryoshkaTrainingSAE)
+
+
+def test_numpy_numbers_can_be_saved() -> None:
+    cfg = MatryoshkaTrainingSAEConfig(
+        d_in=np.int64(8),  # type: ignore[arg-type]
+        d_sae=np.int32(16),  # type: ignore[arg-type]
+        k=np.float32(2.5),  # type: ignore[arg-type]
+        matryoshka_widths=list(np.array([4, 16])),
+    )
+    assert json.loads(json.dumps(cfg.to_dict()))["k"] == 2.5
 
 
 def test_importing_twice_registers_once() -> None:

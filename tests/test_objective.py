@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags, sum_by_latent
+from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags
 from sae_lens_matryoshka.objective import (
     Layout,
     auxiliary_loss,
@@ -34,7 +34,7 @@ def parameters(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.randn(WIDTHS[-1], D_IN, dtype=torch.float64, requires_grad=True),
         torch.randn(D_IN, dtype=torch.float64, requires_grad=True),
-        torch.randn(BATCH, D_IN, dtype=torch.float64, requires_grad=True),
+        torch.randn(BATCH, D_IN, dtype=torch.float64),
     )
 
 
@@ -63,7 +63,7 @@ def test_nested_levels_equal_the_dense_formula(seed: int, n: int, n_dead: int) -
     for levels, rows, codes_in in ((expected, W_dec[dead], dense), (actual, dead_rows, acts)):
         total = (levels.losses * weights).sum() + (levels.sae_out * out_weights).sum()
         total = total + rows.pow(3).sum()
-        grads.append(torch.autograd.grad(total, (codes_in, W_dec, b_dec, target)))
+        grads.append(torch.autograd.grad(total, (codes_in, W_dec, b_dec)))
     torch.testing.assert_close(grads[1][0], grads[0][0][codes.rows, codes.latents])
     for actual_grad, expected_grad in zip(grads[1][1:], grads[0][1:], strict=True):
         torch.testing.assert_close(actual_grad, expected_grad)
@@ -83,7 +83,13 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
     kept = dense[codes.rows, codes.latents]
     x = (raw - b_in).detach()
     acts, rows, biases = encode_selected(
-        x, W_enc, b_enc, b_in, codes._replace(pre_acts=kept.detach()), dead
+        x,
+        W_enc,
+        b_enc,
+        b_in,
+        codes._replace(pre_acts=kept.detach()),
+        Layout.of(codes, BATCH, WIDTHS),
+        dead,
     )
     assert torch.equal(acts, kept)
     dead_pre_acts = x @ rows.T + biases
@@ -96,6 +102,24 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
     ]
     for actual, expected in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60))
+def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None:
+    codes = drawn_codes(seed, n)
+    layout = Layout.of(codes, BATCH, WIDTHS)
+    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    assert layout.bags.tolist() == [
+        row * 3 + sum(latent >= width for width in WIDTHS) for row, latent in places
+    ]
+    assert layout.bags.tolist() == sorted(layout.bags.tolist())
+    matrix = torch.randn(BATCH, D_IN, dtype=torch.float64)
+    expected = torch.zeros(WIDTHS[-1], D_IN, dtype=torch.float64)
+    for (row, latent), value in zip(places, codes.pre_acts, strict=True):
+        expected[latent] += value * matrix[row]
+    torch.testing.assert_close(
+        layout.sum_by_latent(matrix, codes.rows.int(), codes.pre_acts), expected
+    )
 
 
 def test_backward_may_run_twice() -> None:
@@ -132,12 +156,6 @@ def test_sparse_sums_equal_plain_loops(seed: int, n: int, n_bags: int, dtype: to
     tolerance = {"rtol": 10 * torch.finfo(dtype).eps, "atol": 10 * torch.finfo(dtype).eps}
     torch.testing.assert_close(
         sum_bags(matrix, rows, starts, weights).double(), expected, **tolerance
-    )
-    shuffle = torch.randperm(n)
-    torch.testing.assert_close(
-        sum_by_latent(matrix, rows[shuffle], bags[shuffle], weights[shuffle], n_bags).double(),
-        expected,
-        **tolerance,
     )
     per_bag = torch.randn(n_bags, 6, dtype=dtype)
     torch.testing.assert_close(

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner, TrainingInterrupted
+from sae_lens_matryoshka.interruption import TrainingInterrupted
+from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
 from tests.tiny import D_MODEL, N_CTX, runner_config, tiny_model, token_dataset
 
 D_SAE, BATCH, N_STEPS = 64, 32, 12
@@ -479,11 +480,22 @@ def test_resuming_from_a_bad_checkpoint_fails_before_the_model_loads(
     assert f"resume_from_checkpoint='{checkpoint}'" in str(caught.value)
 
 
-def test_resuming_another_sae_fails_before_the_model_loads(make_runner, checkpoint, monkeypatch):
-    cfg = make_runner(resume_from_checkpoint=str(checkpoint)).cfg
-    cfg.sae.d_sae = 128
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("d_sae", 128, r"trained with sae\.d_sae=64; the config has sae\.d_sae=128"),
+        ("matryoshka_widths", [3, 64], r"the config has sae\.matryoshka_widths=\[3, 64\]"),
+        ("k", 5, r"the config has sae\.k=5"),
+    ],
+)
+def test_resuming_another_sae_fails_before_the_model_loads(
+    make_runner, checkpoint, monkeypatch, field, value, message
+):
+    cfg = make_runner(normalize_activations="expected_average_only_in").cfg
+    cfg.resume_from_checkpoint = str(checkpoint)
+    setattr(cfg.sae, field, value)
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", pytest.fail)
-    with pytest.raises(ValueError, match=r"d_sae=64; the config has sae.d_in=16 and sae.d_sae=128"):
+    with pytest.raises(ValueError, match=message):
         MatryoshkaTrainingRunner(cfg)
 
 

@@ -221,14 +221,29 @@ def test_hook_z(tmp_path: Path) -> None:
     assert logits.shape == (1, 4, model.cfg.d_vocab)
 
 
-@pytest.mark.parametrize("option", [{"autocast": True}, {"compile_sae": True}])
-def test_runner_options(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_runner_compiles_or_falls_back(tmp_path: Path) -> None:
     plain = run(runner_config(MatryoshkaTrainingSAEConfig(**OPTIONS), tmp_path / "plain"))
-    other = run(runner_config(MatryoshkaTrainingSAEConfig(**OPTIONS), tmp_path / "other", **option))
-    # compiling changes nothing; autocast rounds the encode product to bfloat16
-    tolerance = 0.2 if "autocast" in option else 1e-6
-    assert relative_error(other.W_dec, plain.W_dec) < tolerance
-    assert other.W_dec.isfinite().all()
+    sae_cfg = MatryoshkaTrainingSAEConfig(**OPTIONS)
+    compiled = run(runner_config(sae_cfg, tmp_path / "other", compile_sae=True))
+    assert torch.equal(compiled.W_dec, plain.W_dec)
+    assert torch.equal(compiled.topk_threshold, plain.topk_threshold)
+
+
+def test_runner_under_autocast_equals_saelens(tmp_path: Path) -> None:
+    """Four steps, before Adam's normalised steps make much of bfloat16's rounding."""
+    peer, ours = (
+        run(
+            runner_config(
+                config_class(**OPTIONS),
+                tmp_path / config_class.architecture(),
+                autocast=True,
+                training_tokens=64 * 4,
+            )
+        )
+        for config_class in (MatryoshkaBatchTopKTrainingSAEConfig, MatryoshkaTrainingSAEConfig)
+    )
+    assert relative_error(ours.W_dec, peer.W_dec) < 2e-2
+    assert relative_error(ours.topk_threshold, peer.topk_threshold) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

@@ -100,9 +100,24 @@ def test_scores_that_tie_at_the_cut_are_left_to_the_full_ranking() -> None:
     assert settled.latents.tolist() == [0, 1, 2] * 4
 
 
+def test_a_latent_without_a_decoder_does_not_stop_the_fast_way() -> None:
+    inputs = drawn_inputs(0, 64, 16, 512, torch.float32, "plain")
+    norms = torch.rand(512) + 0.5
+    norms[7] = 0
+    expected = select_full(**inputs, norms=norms, n_keep=256)
+    codes = select_above(**inputs, norms=norms, n_keep=256, floor=0.8 * expected.cut)
+    assert codes is not None
+    assert_same(codes, expected)
+
+
+def test_a_floor_far_too_low_is_given_up_before_it_fills_memory() -> None:
+    inputs = drawn_inputs(0, 64, 16, 512, torch.float32, "plain")
+    assert select_above(**inputs, norms=None, n_keep=64, floor=0.0) is None
+
+
 def test_blocks_cover_every_latent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_CPU_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(selection, "_CPU_MIN_BLOCK_WIDTH", 7)
+    monkeypatch.setitem(selection._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(selection, "_MIN_BLOCK_WIDTH", 7)
     inputs = drawn_inputs(5, 10, 8, 50, torch.float64, "plain")
     expected = select_full(**inputs, norms=None, n_keep=60)
     actual = select(**inputs, norms=None, n_keep=60, floor=0.5 * expected.cut)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, selection
 from tests.steps import dense, outcome, relative_error, run_step, twins
 
 
@@ -56,7 +56,50 @@ def test_auto_is_sparse_and_dense_for_hooks() -> None:
     torch.testing.assert_close(output.losses["inner_mse_loss_4"], expected)
 
 
-def test_gradient_to_the_activations_where_asked_for() -> None:
+def test_a_step_ranks_all_scores_once_and_then_those_above_a_floor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    sae = make_sae(d_sae=256, matryoshka_widths=[32, 256])
+    run_step(sae, torch.randn(64, 8), None)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("all scores are ranked")
+
+    monkeypatch.setattr(selection, "select_full", refuse)
+    for batch_size in (64, 48, 80):
+        run_step(sae, torch.randn(batch_size, 8), None)
+    with pytest.raises(pytest.fail.Exception):
+        run_step(sae, torch.randn(64, 8) / 3, None)  # nothing is above the floor any more
+
+
+@pytest.mark.parametrize("use_torch_hooks", [False, True])
+def test_hooks_see_what_saelens_shows_them(use_torch_hooks: bool) -> None:
+    torch.manual_seed(0)
+    shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    results = []
+    for sae in twins("sparse", d_in=8, d_sae=32, k=3, matryoshka_widths=[4, 32]):
+        seen = shapes.setdefault(type(sae).__name__, [])
+        for name in (f"hook_sae_{point}" for point in ("input", "acts_pre", "acts_post", "recons")):
+
+            def halve(*args: Any, name: str = name, seen: list = seen, **_: Any) -> torch.Tensor:
+                seen.append((name, tuple(args[-1].shape)))
+                return args[-1] / 2
+
+            if use_torch_hooks:
+                getattr(sae, name).register_forward_hook(lambda module, args, out, f=halve: f(out))
+            else:
+                sae.add_hook(name, lambda out, hook, f=halve: f(out))
+        x = torch.arange(80.0).sin().view(10, 8)
+        results.append(outcome(sae, run_step(sae, x, None)))
+    expected, actual = results
+    peers_view, our_view = shapes.values()
+    assert our_view == peers_view
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-5, name
+
+
+def test_gradient_to_the_activations_comes_from_the_reference() -> None:
     torch.manual_seed(0)
     peer, ours = twins("sparse", d_in=8, d_sae=32, k=3, matryoshka_widths=[4, 32])
     grads = []
@@ -99,6 +142,7 @@ def test_level_metrics_on_logging_steps_only(implementation: str) -> None:
             r"step 7: sae_in .*\(20, 8\), holds 3 NaN and 0",
         ),
         (lambda x, sae: x[1].fill_(-math.inf), r"step 7: sae_in .*holds 0 NaN and 8 infinite"),
+        (lambda x, sae: x.fill_(4.6e18), r"step 7: the sum of losses.*holds 0 NaN and 1 infinite"),
         (lambda x, sae: x.fill_(1e30), r"step 7: inner_mse_loss_4.*holds 0 NaN and 1 infinite"),
         (lambda x, sae: sae.b_dec.data[:1].fill_(math.nan), r"step 7: the parameter b_dec"),
         (lambda x, sae: sae.b_enc.data[9:10].fill_(math.nan), r"step 7: the parameter b_enc"),

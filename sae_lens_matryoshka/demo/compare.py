@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, load_dataset
 from sae_lens import (
     SAE,
     ActivationsStore,
@@ -78,11 +79,20 @@ def sae_configs() -> list[TrainingSAEConfig]:
     return [BatchTopKTrainingSAEConfig(**shape), MatryoshkaTrainingSAEConfig(**shape)]
 
 
-def train(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig], model: HookedTransformer) -> float:
-    """Train one SAE with SAELens' runner, save it under its architecture's name; the seconds."""
+def train(
+    cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig],
+    model: HookedTransformer,
+    corpus: Dataset,
+) -> float:
+    """Train one SAE with SAELens' runner and save it under its architecture's name.
+
+    Returns:
+        Seconds of the run, which include the language model's, without loading model and texts.
+    """
     torch.manual_seed(cfg.seed)
+    runner = MatryoshkaTrainingRunner(cfg, override_dataset=corpus, override_model=model)
     start = time.perf_counter()
-    MatryoshkaTrainingRunner(cfg, override_model=model).run()
+    runner.run()
     return time.perf_counter() - start
 
 
@@ -132,13 +142,15 @@ def main(seed: int) -> None:
     model = load_model("HookedTransformer", "pythia-70m-deduped", "cpu")
     assert isinstance(model, HookedTransformer)
 
+    corpus = load_dataset("corpus", split="train")
+    assert isinstance(corpus, Dataset)
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
     saes: dict[str, JumpReLUSAE] = {}
     for sae_cfg in sae_configs():
         name = sae_cfg.architecture()
         print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
-        seconds = train(run_config(sae_cfg, seed), model)
+        seconds = train(run_config(sae_cfg, seed), model, corpus)
         frequencies[name] = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
         sae = SAE.load_from_disk(name)
         assert isinstance(sae, JumpReLUSAE)

@@ -26,7 +26,7 @@ class Row(NamedTuple):
         explained_variance: Of the held-out activations, 1 is all.
         ce_recovered: Share of the model's loss kept with the reconstruction in place of the
             activation: 0 is zero ablation, 1 the model as it is.
-        seconds: Training time of the whole SAE, with the widest level.
+        seconds: Training time of the whole SAE, the language model's included.
     """
 
     sae: str

@@ -35,29 +35,6 @@ def sum_bags(
     return embedding_bag(rows, matrix, starts, mode="sum", per_sample_weights=weights)
 
 
-def sum_by_latent(
-    matrix: torch.Tensor,
-    rows: torch.Tensor,
-    latents: torch.Tensor,
-    weights: torch.Tensor,
-    d_sae: int,
-) -> torch.Tensor:
-    """Σ_{i: latents_i = j} weights_i · matrix[rows_i] of every latent j: a weight's gradient.
-
-    Args:
-        matrix: (m, d).
-        rows: (n,) int32, row of the matrix that each code takes.
-        latents: (n,) latent of each code, in any order.
-        weights: (n,) of the matrix' dtype.
-        d_sae: Number of latents.
-
-    Returns:
-        (d_sae, d), zero where a latent has no code.
-    """
-    ascending, order = latents.int().sort(stable=True)
-    return sum_bags(matrix, rows[order], starts_of(ascending, d_sae), weights[order])
-
-
 def dot_bags(
     per_bag: torch.Tensor,
     matrix: torch.Tensor,
