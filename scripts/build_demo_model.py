@@ -65,7 +65,7 @@ def build_model(vocab_size: int) -> GPTNeoXForCausalLM:
         )
     )
     # Words start alike, so that what they learn (letter, topic) outweighs what they started with.
-    torch.nn.init.normal_(model.gpt_neox.embed_in.weight, std=0.02)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)  # type: ignore[arg-type]
     return model
 
 
@@ -112,7 +112,7 @@ def spelling_accuracy(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the training texts")
     args = parser.parse_args()
