@@ -313,8 +313,11 @@ def table(results: dict[str, dict[str, float]]) -> str:
                 cells += ["", ""]
                 continue
             value = row[kind] * scale
+            if unit == "MiB" and min(value, base[kind]) < 1:  # within what the process holds anyway
+                cells += ["< 1 MiB" if value < 1 else f"{value:.0f} MiB", ""]
+                continue
             cells.append(f"{value:.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}")
-            cells.append(f"{base[kind] / row[kind]:.1f}×" if row[kind] else "")
+            cells.append(f"{base[kind] / row[kind]:.1f}×")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -356,35 +359,39 @@ def main() -> None:
     for name in tqdm(names, desc="Memory", disable=None):
         results[name]["memory_mib"] = _memory_in_own_process(options, name)
 
-    ours, encode = results[OURS], results[ENCODE]["forward_backward"]
-    summary = {
-        "forward-backward, SAELens / ours": results[SAELENS]["forward_backward"]
-        / ours["forward_backward"],
-        "full step, SAELens / ours": results[SAELENS]["step"] / ours["step"],
+    text = report(options, results)
+    print(text)
+    if options.out is not None:
+        out = Path(options.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text)
+        record = {"conditions": conditions(options), "results": results}
+        out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def report(options: Options, results: dict[str, dict[str, float]]) -> str:
+    """The command, its table, the ratios that sum it up, and the conditions, as Markdown."""
+    ours, flat, peer = results[OURS], results[OURS_FLAT], results[SAELENS]
+    encode = results[ENCODE]["forward_backward"]
+    ratios = {
+        "forward-backward, SAELens / ours": peer["forward_backward"] / ours["forward_backward"],
+        "full step, SAELens / ours": peer["step"] / ours["step"],
         "forward-backward, ours / encode product": ours["forward_backward"] / encode,
         "forward-backward, five levels / one level": ours["forward_backward"]
-        / results[OURS_FLAT]["forward_backward"],
+        / flat["forward_backward"],
     }
-    if results[SAELENS]["memory_mib"]:  # small steps fit in what the process already holds
-        summary["memory, ours / SAELens"] = ours["memory_mib"] / results[SAELENS]["memory_mib"]
-    report = "\n".join(
+    return "\n".join(
         [
             f"`{_command(options)}`",
             "",
             table(results),
             "",
-            *(f"- {name}: {value:.2f}" for name, value in summary.items()),
+            *(f"- {name}: {value:.2f}" for name, value in ratios.items()),
             "",
             ", ".join(f"{name} {value}" for name, value in conditions(options).items()),
+            "",
         ]
     )
-    print(report)
-    if options.out is not None:
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(report + "\n")
-        record = {"conditions": conditions(options), "results": results, "summary": summary}
-        out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _command(options: Options) -> str:
