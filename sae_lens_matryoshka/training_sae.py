@@ -85,16 +85,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         step = run(step_input.sae_in, dead)
 
         *inner_losses, mse_loss = step.levels.losses
-        auxiliary_loss = self._auxiliary_loss(step, dead)
+        aux_loss = self._auxiliary_loss(step, dead)
         losses = {
             "mse_loss": mse_loss,
-            "auxiliary_reconstruction_loss": auxiliary_loss,
+            "auxiliary_reconstruction_loss": aux_loss,
             **{
                 f"inner_mse_loss_{width}": loss
                 for width, loss in zip(self.cfg.matryoshka_widths, inner_losses, strict=False)
             },
         }
-        loss = step.levels.losses.sum() + auxiliary_loss
+        loss = step.levels.losses.sum() + aux_loss
         if not loss.isfinite():
             raise ValueError(self._not_finite(step_input, {**losses, "the sum of losses": loss}))
 
@@ -167,13 +167,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             x, self.W_enc, self.b_enc, b_in, codes, layout, dead
         )
         levels, dead_decoder_rows = decode_nested(
-            acts,
-            self.W_dec,
-            self.b_dec,
-            sae_in,
-            layout,
-            len(widths),
-            dead,
+            acts, self.W_dec, self.b_dec, sae_in, layout, len(widths), dead
         )
         feature_acts = torch.sparse_coo_tensor(
             torch.stack([codes.rows, codes.latents]),
