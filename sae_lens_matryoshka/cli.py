@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from typing_extensions import override
@@ -84,6 +85,7 @@ def _plan_train(words: list[str]) -> Callable[[], int]:
 
 
 def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
+    torch.manual_seed(cfg.seed)  # SAELens has the field and never reads it
     try:
         MatryoshkaTrainingRunner(cfg).run()
     except TrainingInterrupted as stopped:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, cli
 from sae_lens_matryoshka.interruption import TrainingInterrupted
@@ -219,6 +221,12 @@ def test_train_trains_and_saves_for_inference(config, tmp_path, monkeypatch, cap
     assert {"cfg.json", "sae_weights.safetensors"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
+    weights = [load_file(tmp_path / "out" / "sae_weights.safetensors")["W_dec"]]
+    for seed in ("42", "43"):  # 42 is SAELens' default
+        assert cli.main(["train", str(config), *words.split(), "--seed", seed]) == 0
+        weights.append(load_file(tmp_path / "out" / "sae_weights.safetensors")["W_dec"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize(
