@@ -208,8 +208,9 @@ def test_mistake_in_the_command_is_named(refusal):
 
 def test_train_trains_and_saves_for_inference(config, tmp_path, monkeypatch, capsys):
     token_dataset().to_parquet(tmp_path / "corpus" / "train.parquet")
+    model = tiny_model()  # making it seeds torch, so it is made beforehand
     monkeypatch.setattr(
-        "sae_lens.llm_sae_training_runner.load_model", lambda *args, **kwargs: tiny_model()
+        "sae_lens.llm_sae_training_runner.load_model", lambda *args, **kwargs: model
     )
     words = (
         f"--dataset_path {tmp_path / 'corpus'} --streaming false --context_size {N_CTX} "
