@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # transformer-lens 2 and 3 keep it in different modules
 
 _RESUME_FILES = (
     SAE_CFG_FILENAME,
-    SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
     ACTIVATION_SCALER_CFG_FILENAME,

@@ -23,6 +23,7 @@ from sae_lens_matryoshka.objective import (
     reference_reconstructions,
 )
 from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes, select
+from sae_lens_matryoshka.thresholds import ActivationSample, batch_threshold
 
 _SPARSE_DEVICES = ("cpu", "cuda")
 
@@ -49,6 +50,10 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     The "sparse" implementation returns `feature_acts` as a sparse COO tensor, without gradient, and
     as `hidden_pre` the same tensor: the pre-activations of the codes that were kept, all that it
     computes of them. SAELens' trainer reads both that way.
+
+    `topk_threshold` moves as SAELens' does. What is saved for inference is calibrated anew, with
+    the trained weights, on a sample of the run's activations: SAELens' moving average starts at 0
+    and lags behind the weights.
     """
 
     cfg: MatryoshkaTrainingSAEConfig  # type: ignore[assignment]
@@ -57,6 +62,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         # Speeds up the selection and never changes it, so a checkpoint does without.
         self._score_floor: float | None = None
+        self._sample = ActivationSample()
 
     @override
     def initialize_weights(self) -> None:
@@ -72,6 +78,35 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _rows_contiguous(state_dict["W_enc"])
+
+    @override
+    @torch.no_grad()
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self._sample.rows is not None:
+            x = self.process_sae_in(self._sample.rows.to(self.device))
+            cut = batch_threshold(x, state_dict["W_enc"], state_dict["b_enc"], self.cfg.k)
+            state_dict["threshold"] = torch.full_like(state_dict["threshold"], cut)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self._sample.rows is not None:
+            self._sample.replace(self._sample.rows / scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self,
+        mean: torch.Tensor,
+        whitening_matrix: torch.Tensor,
+        unwhitening_matrix: torch.Tensor,
+    ) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        if self._sample.rows is not None:
+            rows = self._sample.rows.to(unwhitening_matrix)
+            self._sample.replace(rows @ unwhitening_matrix + mean)
 
     @override
     @torch.compiler.disable  # sorts and sizes that depend on data: compiling could only break it up
@@ -99,6 +134,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             raise ValueError(self._not_finite(step_input, {**losses, "the sum of losses": loss}))
 
         self.update_topk_threshold(step.active)
+        self._sample.add(step_input.sae_in.detach())
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=step.levels.sae_out,

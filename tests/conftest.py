@@ -1,14 +1,36 @@
-"""Settings of every test: two threads at most, no network, W&B silent unless a test asks for it."""
+"""Settings of every test: two threads at most, a Hub on loopback, W&B silent unless asked for."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by the clients when they are imported
-os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ.setdefault("WANDB_SILENT", "true")
-
+import pytest
 import torch
 from hypothesis import settings
+
+from tests.loopback_hub import LoopbackHub
+
+HUB = LoopbackHub().start()
+# The Hub's client reads these when it is imported, in this process and those that tests start.
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # with it the client uploads to another service, unasked
+os.environ["HF_HOME"] = tempfile.mkdtemp()
+os.environ.pop("HF_TOKEN", None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("WANDB_SILENT", "true")
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """The Hub that every client of the tests talks to, empty."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()

@@ -96,7 +96,7 @@ def train(
     return time.perf_counter() - start
 
 
-def evaluate(sae: JumpReLUSAE, model: HookedTransformer) -> dict[str, float]:
+def evaluate(sae: SAE[Any], model: HookedTransformer) -> dict[str, float]:
     """SAELens' evaluation of a saved SAE on the held-out texts."""
     store = ActivationsStore.from_sae(
         model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
