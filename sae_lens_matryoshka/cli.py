@@ -1,4 +1,4 @@
-"""The command `sae-matryoshka`: train from a config, or run the demo."""
+"""The command `sae-matryoshka`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner, check_resumable
 PROGRAM = "sae-matryoshka"
 
 
-class _Parser(ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class _FieldParser(_Parser, ArgumentParser):
+    """Makes a flag of each field of a dataclass."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,20 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words behind the program's name; those of this process where left out.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the command or the config, 130 after SIGINT, 143 after
-        SIGTERM.
+        The exit code: 0, 2 for a mistake in the command, the config or a file, 1 where the Hub or
+        the disk failed, 130 after SIGINT, 143 after SIGTERM.
     """
     parser = _Parser(
         prog=PROGRAM,
-        description="`train CONFIG.yaml [--field value ...]` trains an SAE, `demo` runs everything "
-        "on a small model; add --help for more.",
+        description="`train CONFIG.yaml [--field value ...]` trains an SAE, `levels DIR` shows the "
+        "levels of one, `publish DIR REPO_ID` uploads it, `demo` runs everything on a small model; "
+        "add --help for more.",
     )
-    parser.add_argument("command", choices=["train", "demo"])
+    parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     try:
         parsed = parser.parse_args(argv)
-        run = _plan_train if parsed.command == "train" else _plan_demo
-        planned = run(parsed.arguments)
+        planned = _COMMANDS[parsed.command](parsed.arguments)
     except ValueError as error:
         return _refuse(error)
     try:
@@ -66,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: Exception, code: int = 2) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _plan_train(words: list[str]) -> Callable[[], int]:
     has_config = bool(words) and not words[0].startswith("-")
     config = read_config(words[0]) if has_config else {}
     # Which fields there are depends on the architecture, so it is read first.
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _FieldParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--sae.architecture", dest="architecture")
     architecture, flags = parser.parse_known_args(words[1:] if has_config else words)
     config = merged(config, {"sae": vars(architecture)})
@@ -101,7 +105,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
 
 def _overrides(flags: list[str], sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
     """The fields that the command line sets, in the shape of a config."""
-    parser = _Parser(
+    parser = _FieldParser(
         prog=f"{PROGRAM} train",
         usage="%(prog)s [CONFIG.yaml] [--sae.architecture NAME] [--field value ...]",
         argument_generation_mode=ArgumentGenerationMode.NESTED,
@@ -139,13 +143,36 @@ def _plan_demo(words: list[str]) -> Callable[[], int]:
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args(words)
 
-    return partial(_demo, parsed.out, parsed.seed)
-
-
-def _demo(out: Path, seed: int) -> int:
     from sae_lens_matryoshka.demo.run import run_demo
 
+    return partial(_or_refuse, partial(run_demo, parsed.out, parsed.seed))
+
+
+def _plan_levels(words: list[str]) -> Callable[[], int]:
+    from sae_lens_matryoshka.cli_levels import plan_levels
+
+    return partial(_or_refuse, plan_levels(_Parser(prog=f"{PROGRAM} levels"), words))
+
+
+def _plan_publish(words: list[str]) -> Callable[[], int]:
+    from sae_lens_matryoshka.cli_levels import plan_publish
+
+    return partial(_or_refuse, plan_publish(_Parser(prog=f"{PROGRAM} publish"), words))
+
+
+def _or_refuse(run: Callable[[], int]) -> int:
+    """`run`, whose errors are about what it was given or what it was refused."""
     try:
-        return run_demo(out, seed)
+        return run()
     except ValueError as error:
         return _refuse(error)
+    except OSError as error:
+        return _refuse(error, code=1)
+
+
+_COMMANDS = {
+    "train": _plan_train,
+    "levels": _plan_levels,
+    "publish": _plan_publish,
+    "demo": _plan_demo,
+}

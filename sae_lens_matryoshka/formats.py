@@ -67,6 +67,8 @@ def read_pickle(path: Path) -> StateDict:
     except (RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = str(error).partition(".")[0] or "it ends too early"
         raise ValueError(f"{path.name} is broken: {reason}.") from error
+    if isinstance(state_dict, torch.Tensor):
+        return {"tensor": state_dict}
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(tensor, torch.Tensor) for tensor in state_dict.values()
     ):

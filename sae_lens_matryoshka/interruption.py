@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,8 @@ import torch
 from sae_lens import logger
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_matryoshka.files import whole_folder
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -149,22 +150,13 @@ def save_whole(
         save(checkpoint_name, base_path, wandb_aliases)
         return
     _require_finite(trainer)
-    checkpoint = Path(base) / checkpoint_name
-    unfinished = checkpoint.with_name(f".{checkpoint_name}.unfinished")
-    replaced = checkpoint.with_name(f".{checkpoint_name}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
     n_training_steps = trainer.n_training_steps
     trainer.n_training_steps = n_whole_steps(trainer)
     try:
-        save(unfinished.name, base_path, wandb_aliases)
-        if checkpoint.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            checkpoint.rename(replaced)
-        unfinished.rename(checkpoint)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with whole_folder(Path(base) / checkpoint_name) as unfinished:
+            save(unfinished.name, base_path, wandb_aliases)
     finally:
         trainer.n_training_steps = n_training_steps
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _require_finite(trainer: SAETrainer[TrainingSAE[Any], Any]) -> None:

@@ -125,7 +125,7 @@ class ActivationSample:
 
     MAX_ROWS = 2**15
     MAX_ELEMENTS = 2**25
-    N_REFRESHED = 64
+    N_REFRESHED = 32
 
     def __init__(self) -> None:
         self._rows: torch.Tensor | None = None

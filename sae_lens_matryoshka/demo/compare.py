@@ -19,29 +19,26 @@ from sae_lens import (
     SAE,
     ActivationsStore,
     BatchTopKTrainingSAEConfig,
-    JumpReLUSAE,
     LanguageModelSAERunnerConfig,
     LoggingConfig,
     TrainingSAEConfig,
-    run_evals,
 )
-from sae_lens.evals import EvalConfig
 from sae_lens.load_model import load_model
-from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.corpus import documents
 from sae_lens_matryoshka.demo.report import Reading, Row, draw_levels, table
 from sae_lens_matryoshka.demo.run import HELD_OUT_SEED
-from sae_lens_matryoshka.levels import truncate
+from sae_lens_matryoshka.evals.level_stats import LevelStats, measure_levels_in_model
+from sae_lens_matryoshka.hub import load_sae
+from sae_lens_matryoshka.levels import decode_levels, set_widths
 from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
-N_EVAL_BATCHES = 5
+N_EVAL_BATCHES = 57  # of 2,048 tokens: all held-out texts, in their proportions
 
 
 def run_config(
@@ -96,42 +93,25 @@ def train(
     return time.perf_counter() - start
 
 
-def evaluate(sae: SAE[Any], model: HookedTransformer) -> dict[str, float]:
-    """SAELens' evaluation of a saved SAE on the held-out texts."""
+def evaluate(sae: SAE[Any], model: HookedTransformer) -> list[LevelStats]:
+    """The levels of a saved SAE on the held-out texts."""
     store = ActivationsStore.from_sae(
         model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
     )
-    metrics, _ = run_evals(
-        sae,
-        store,
-        model,
-        ActivationScaler(),
-        EvalConfig(
-            n_eval_reconstruction_batches=N_EVAL_BATCHES,
-            n_eval_sparsity_variance_batches=N_EVAL_BATCHES,
-            compute_ce_loss=True,
-            compute_sparsity_metrics=True,
-            compute_variance_metrics=True,
-        ),
-    )
-    return {
-        "explained_variance": metrics["reconstruction_quality"]["explained_variance"],
-        "ce_recovered": metrics["model_performance_preservation"]["ce_loss_score"],
-        "l0": metrics["sparsity"]["l0"],
-    }
+    return measure_levels_in_model(sae, model, store, N_EVAL_BATCHES)
 
 
 @torch.no_grad()
-def read_text(sae: JumpReLUSAE, widths: list[int], model: HookedTransformer, text: str) -> Reading:
+def read_text(sae: SAE[Any], model: HookedTransformer, text: str) -> Reading:
     """What each level reconstructs of the activations on one text."""
     tokens = model.to_tokens(text, prepend_bos=True)
     _, cache = model.run_with_cache(tokens, names_filter=HOOK_NAME)
     activations = cache[HOOK_NAME][0, 1:]
     distances = (activations - sae.b_dec).pow(2).sum(-1)
-    missed = [(truncate(sae, w)(activations) - activations).pow(2).sum(-1) for w in widths]
+    missed = (decode_levels(sae, sae.encode(activations)) - activations).pow(2).sum(-1)
     return Reading(
         tokens=[str(token) for token in model.to_str_tokens(tokens[0, 1:])],
-        shares=1 - torch.stack(missed) / distances,
+        shares=1 - missed / distances,
     )
 
 
@@ -146,23 +126,24 @@ def main(seed: int) -> None:
     assert isinstance(corpus, Dataset)
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
-    saes: dict[str, JumpReLUSAE] = {}
+    saes: dict[str, SAE[Any]] = {}
     for sae_cfg in sae_configs():
         name = sae_cfg.architecture()
         print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
         seconds = train(run_config(sae_cfg, seed), model, corpus)
         frequencies[name] = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
-        sae = SAE.load_from_disk(name)
-        assert isinstance(sae, JumpReLUSAE)
-        saes[name] = sae
-        widths = getattr(sae_cfg, "matryoshka_widths", [D_SAE])
-        for width in tqdm(widths, desc=f"Evaluating the levels of {name}"):
+        sae = saes[name] = load_sae(name)
+        if not isinstance(sae_cfg, MatryoshkaTrainingSAEConfig):
+            set_widths(sae, [D_SAE])
+        print(f"Evaluating the levels of {name}", flush=True)
+        for level in evaluate(sae, model):
+            measured = level._asdict()
             row = Row(
                 sae=name,
-                width=width,
-                l0_training=frequencies[name][:width].sum().item(),
-                seconds=seconds if width == D_SAE else None,
-                **evaluate(truncate(sae, width), model),
+                width=level.width,
+                l0_training=frequencies[name][: level.width].sum().item(),
+                seconds=seconds if level.width == D_SAE else None,
+                **{name: measured[name] for name in ("l0", "explained_variance", "ce_recovered")},
             )
             rows.append(row)
 
@@ -171,13 +152,12 @@ def main(seed: int) -> None:
     )
     Path("results.md").write_text(table(rows) + "\n")
     text = documents(1, seed + HELD_OUT_SEED)[0].text
-    widths = [row.width for row in rows if row.sae == "matryoshka"]
     draw_levels(
         Path("levels.png"),
         rows,
         frequencies["matryoshka"],
         frequencies["batchtopk"],
-        read_text(saes["matryoshka"], widths, model, text),
+        read_text(saes["matryoshka"], model, text),
     )
     print(f"\n{table(rows)}\n")
     print(f"Saved in {Path.cwd()}: batchtopk/, matryoshka/, results.json, results.md, levels.png")

@@ -1,0 +1,218 @@
+"""The commands `levels` and `publish`, which take a trained SAE."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from sae_lens import SAE, ActivationsStore
+from sae_lens.load_model import load_model
+from safetensors.torch import load_file
+
+from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_table
+from sae_lens_matryoshka.evals.level_stats import (
+    LevelStats,
+    measure_levels,
+    measure_levels_in_model,
+    stats_from_weights,
+)
+from sae_lens_matryoshka.formats import read_pickle
+from sae_lens_matryoshka.hub import load_sae
+from sae_lens_matryoshka.levels import widths_of
+from sae_lens_matryoshka.publishing import publish, write_publication
+
+
+def plan_levels(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
+    """`levels RELEASE_OR_DIR [SAE_ID]`: what the levels of an SAE are like."""
+    parser.description = (
+        "Show the levels of an SAE: from its weights alone, or measured with --activations or "
+        "--dataset."
+    )
+    parser.add_argument("release_or_dir", help="a folder, or a release or repository and SAE_ID")
+    parser.add_argument("sae_id", nargs="?", help="its id in the release or repository")
+    _add_measuring(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw L0 and variance explained")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON as well")
+    parsed = parser.parse_args(words)
+    _check_measuring(parsed)
+    if parsed.plot and not (parsed.activations or parsed.dataset):
+        raise ValueError(
+            "--plot draws L0 and variance explained, which are measured: give --activations or "
+            "--dataset as well."
+        )
+    if parsed.plot and parsed.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot={str(parsed.plot)!r} is not accepted: give a .png, .pdf or .svg.")
+    return partial(_levels, parsed)
+
+
+def _levels(parsed: argparse.Namespace) -> int:
+    sae = _load(parsed)
+    rows = _stats(sae, parsed)
+    print(level_table(rows))
+    if parsed.json:
+        parsed.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+    if parsed.plot:
+        name = " ".join(filter(None, (parsed.release_or_dir, parsed.sae_id)))
+        draw_level_stats(parsed.plot, rows, title=name)
+    return 0
+
+
+def plan_publish(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
+    """`publish DIR REPO_ID`: an SAE, its levels and a model card on the Hub."""
+    parser.description = (
+        "Upload an SAE with a model card to the Hugging Face Hub, as the user that `hf auth login` "
+        "or HF_TOKEN names."
+    )
+    parser.add_argument("release_or_dir", metavar="DIR", help="the folder of a trained SAE")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it does not exist")
+    parser.add_argument("--sae-id", help="its folder in the repository; default: the hook's name")
+    parser.add_argument(
+        "--with-levels", action="store_true", help="each inner level as an SAE id of its own, too"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only write the folder that would be uploaded"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="that folder; default: published/REPO_ID (with --dry-run)"
+    )
+    _add_measuring(parser)
+    parsed = parser.parse_args(words)
+    _check_measuring(parsed)
+    if parsed.out and not parsed.dry_run:
+        raise ValueError("--out goes with --dry-run: without it nothing is kept on disk.")
+    return partial(_publish, parsed)
+
+
+def _publish(parsed: argparse.Namespace) -> int:
+    source, sae_id = parsed.release_or_dir, parsed.sae_id
+    parsed.sae_id = None  # of the new repository, not of what is loaded
+    rows = _stats(_load(parsed), parsed)
+    if parsed.dry_run:
+        out = parsed.out or Path("published") / parsed.repo_id
+        write_publication(
+            source, out, parsed.repo_id, sae_id, stats=rows, with_levels=parsed.with_levels
+        )
+        print(f"{out} holds what would be uploaded to {parsed.repo_id}.")
+        return 0
+    card = publish(
+        source,
+        parsed.repo_id,
+        sae_id,
+        stats=rows,
+        with_levels=parsed.with_levels,
+        private=parsed.private,
+    )
+    print(f"{parsed.repo_id} is published; its card is {card}.")
+    return 0
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """The options that say how to load an SAE and what to measure its levels on."""
+    parser.add_argument(
+        "--matryoshka-widths",
+        type=_widths,
+        metavar="W,W,…",
+        help="level widths, for an SAE that does not say its own",
+    )
+    parser.add_argument(
+        "--activations",
+        type=Path,
+        metavar="PATH",
+        help="a .npy, .pt or .safetensors file of activations (…, d_in), or a folder that SAELens' "
+        "CacheActivationsRunner wrote",
+    )
+    parser.add_argument(
+        "--dataset", help="a data set of texts or tokens, run through the model of the SAE"
+    )
+    parser.add_argument("--model", help="the model's name, where the SAE does not say it")
+    parser.add_argument("--n-batches", type=int, default=10, help="batches of prompts to run")
+    parser.add_argument("--batch-size-prompts", type=int, default=16, help="prompts in each")
+    parser.add_argument("--device", default="cpu")
+
+
+def _widths(text: str) -> list[int]:
+    return [int(width) for width in text.split(",")]
+
+
+def _check_measuring(parsed: argparse.Namespace) -> None:
+    if parsed.activations and parsed.dataset:
+        raise ValueError("--activations and --dataset are two ways to measure: give one.")
+    if parsed.model and not parsed.dataset:
+        raise ValueError("--model needs --dataset: the texts to run it on.")
+    if parsed.activations and not parsed.activations.exists():
+        raise ValueError(f"--activations={str(parsed.activations)!r} does not exist.")
+    for name in ("n_batches", "batch_size_prompts"):
+        if getattr(parsed, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}={getattr(parsed, name)} is not accepted: give 1 or more.")
+
+
+def _load(parsed: argparse.Namespace) -> SAE[Any]:
+    sae = load_sae(
+        parsed.release_or_dir,
+        parsed.sae_id,
+        matryoshka_widths=parsed.matryoshka_widths,
+        device=parsed.device,
+    )
+    widths_of(sae)  # before anything long begins
+    return sae
+
+
+def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
+    if parsed.activations:
+        return measure_levels(sae, _read_activations(parsed.activations, sae))
+    if not parsed.dataset:
+        return stats_from_weights(sae)
+    metadata = sae.cfg.metadata
+    for name in ("hook_name", "context_size", "prepend_bos"):
+        if metadata[name] is None:
+            raise ValueError(
+                f"the metadata of this SAE has no {name}, so its model can't be run: measure it "
+                "with --activations."
+            )
+    model_name = parsed.model or metadata.model_name
+    if model_name is None:
+        raise ValueError("the metadata of this SAE has no model_name: give --model.")
+    model = load_model(
+        metadata.model_class_name or "HookedTransformer",
+        model_name,
+        device=parsed.device,
+        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+        hook_names=[metadata.hook_name],
+    )
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        dataset=parsed.dataset,
+        streaming=not Path(parsed.dataset).exists(),
+        store_batch_size_prompts=parsed.batch_size_prompts,
+        device=parsed.device,
+    )
+    return measure_levels_in_model(sae, model, store, parsed.n_batches)
+
+
+def _read_activations(path: Path, sae: SAE[Any]) -> Any:
+    if path.is_dir():
+        data = load_from_disk(path)
+        hook_name = sae.cfg.metadata.hook_name
+        if not isinstance(data, Dataset) or hook_name not in data.column_names:
+            raise ValueError(f"{path} holds no activations of {hook_name}.")
+        batches = data.with_format("torch").iter(batch_size=32)
+        return (batch[hook_name] for batch in batches)  # type: ignore[index]
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except Exception as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if len(tensors) != 1:
+        raise ValueError(f"{path} holds {len(tensors)} tensors: give one of activations.")
+    return next(iter(tensors.values()))

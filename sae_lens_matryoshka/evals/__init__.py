@@ -1,0 +1,1 @@
+"""Per-level metrics of a trained SAE, with tables and plots."""

@@ -1,0 +1,212 @@
+"""What each level of an SAE is like: from its weights, from activations, inside its model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import SAE, ActivationsStore, run_evals
+from sae_lens.evals import EvalConfig, ExplainedVarianceCalculator
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.util import cosine_similarities, get_special_token_ids
+from tqdm.auto import tqdm
+
+from sae_lens_matryoshka.levels import decode_levels, levels, truncate, widths_of
+
+_CHUNK_ELEMENTS = 2**25
+
+
+class LevelStats(NamedTuple):
+    """One level of an SAE; what was not measured is None.
+
+    Attributes:
+        width: Its latents.
+        n_added: Those of them that the level before does not have.
+        max_cosine: Mean over its latents of the largest cosine similarity of their decoder row with
+            that of another of its latents; None for a level of one latent.
+        decoder_norm: Mean norm of its decoder rows, in units of the activations.
+        l0: Mean number of active latents per activation, as the saved SAE encodes.
+        explained_variance: 1 − E‖x − x̂‖² / E‖x − E x‖², as SAELens defines it.
+        n_dead: Latents that were active on none of the activations measured.
+        ce_recovered: Share of the model's next-token loss that is kept with the reconstruction in
+            place of the activation; 0 is zero ablation, 1 the model as it is (SAELens'
+            `ce_loss_score`).
+    """
+
+    width: int
+    n_added: int
+    max_cosine: float | None
+    decoder_norm: float
+    l0: float | None = None
+    explained_variance: float | None = None
+    n_dead: int | None = None
+    ce_recovered: float | None = None
+
+
+@torch.no_grad()
+def stats_from_weights(sae: SAE[Any]) -> list[LevelStats]:
+    """What the weights of an SAE say of its levels, smallest first.
+
+    Raises:
+        ValueError: the widths of `sae` are not known.
+    """
+    widths = widths_of(sae)
+    W_dec = sae.W_dec.detach().float()
+    norms = W_dec.norm(dim=-1)
+    max_cosines = _max_cosines(W_dec, widths)
+    return [
+        LevelStats(
+            width=width,
+            n_added=width - start,
+            max_cosine=max_cosines[p, :width].mean().item() if width > 1 else None,
+            decoder_norm=norms[:width].mean().item(),
+        )
+        for p, (start, width) in enumerate(pairwise([0, *widths]))
+    ]
+
+
+@torch.no_grad()
+def measure_levels(
+    sae: SAE[Any], batches: torch.Tensor | Iterable[torch.Tensor], n_batches: int | None = None
+) -> list[LevelStats]:
+    """The levels of an SAE, measured on activations: L0, variance explained, dead latents.
+
+    A level's codes are the first of those of the whole SAE.
+
+    Args:
+        sae: An SAE whose widths are known.
+        batches: One tensor or several, each (…, d_in), for hook_z with the heads flattened.
+        n_batches: How many there are, for the progress bar.
+
+    Raises:
+        ValueError: the widths of `sae` are not known, or the activations are empty, not finite or
+            of another dimension.
+    """
+    rows = stats_from_weights(sae)
+    widths = [row.width for row in rows]
+    sae = truncate(sae, sae.cfg.d_sae)
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    n_tokens = 0
+    firings = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
+    variances = [ExplainedVarianceCalculator() for _ in widths]
+    batches = [batches] if isinstance(batches, torch.Tensor) else batches
+    for batch in tqdm(batches, desc="Measuring levels", total=n_batches, leave=False):
+        for x in _chunks(sae, batch):
+            acts = sae.encode(x).to_dense()
+            firings += (acts != 0).sum(0)
+            for variance, reconstruction in zip(variances, decode_levels(sae, acts), strict=True):
+                variance.add_batch(reconstruction, x)
+            n_tokens += len(x)
+    if n_tokens == 0:
+        raise ValueError("there are no activations to measure the levels on.")
+    return [
+        row._replace(
+            l0=firings[: row.width].sum().item() / n_tokens,
+            explained_variance=variance.compute(),
+            n_dead=int((firings[: row.width] == 0).sum()),
+        )
+        for row, variance in zip(rows, variances, strict=True)
+    ]
+
+
+def measure_levels_in_model(
+    sae: SAE[Any], model: Any, store: ActivationsStore, n_batches: int
+) -> list[LevelStats]:
+    """The levels of an SAE, measured in its model on the next `n_batches` batches of prompts.
+
+    L0 and dead latents are counted on every token that training saw. Variance explained and the
+    loss are SAELens' (`run_evals`), which leaves special tokens out: the activation at the first
+    token of a prompt is often so large that it would be most of the variance.
+
+    Args:
+        sae: An SAE whose widths are known.
+        model: The model that `store` runs, as SAELens loads it.
+        store: `ActivationsStore.from_sae(model, sae, dataset, …)`.
+        n_batches: Each of `store.store_batch_size_prompts` prompts.
+
+    Raises:
+        ValueError: as `measure_levels`.
+    """
+    excluded = sae.cfg.metadata.exclude_special_tokens or False
+    tokens = [store.get_batch_tokens() for _ in range(n_batches)]
+    # SAELens' own reset doesn't rewind the texts, and each level is to see the same.
+    replay = copy.copy(store)
+    replay.get_batch_tokens = partial(_next_of, itertools.cycle(tokens))
+    rows = []
+    for row, level in zip(
+        measure_levels(sae, _activations(store, tokens, excluded), n_batches),
+        tqdm(levels(sae), desc="Running the model with each level", leave=False),
+        strict=True,
+    ):
+        metrics, _ = run_evals(
+            level,
+            replay,
+            model,
+            ActivationScaler(),
+            EvalConfig(
+                n_eval_reconstruction_batches=n_batches,
+                n_eval_sparsity_variance_batches=n_batches,
+                compute_ce_loss=True,
+                compute_variance_metrics=True,
+            ),
+            exclude_special_tokens=excluded or True,
+        )
+        rows.append(
+            row._replace(
+                explained_variance=metrics["reconstruction_quality"]["explained_variance"],
+                ce_recovered=metrics["model_performance_preservation"]["ce_loss_score"],
+            )
+        )
+    return rows
+
+
+def _next_of(tokens: Iterator[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The next batch of prompts, whatever size is asked for."""
+    return next(tokens)
+
+
+def _activations(
+    store: ActivationsStore, batches: Iterable[torch.Tensor], excluded: bool | Iterable[int]
+) -> Iterator[torch.Tensor]:
+    if excluded is True:
+        excluded = get_special_token_ids(store.model.tokenizer)  # type: ignore[arg-type]
+    special = torch.tensor(list(excluded or []), dtype=torch.long)
+    for tokens in batches:
+        kept = ~torch.isin(tokens[:, slice(*store.seqpos_slice)], special.to(tokens.device))
+        yield store.get_activations(tokens)[kept.to(store.device)]
+
+
+def _chunks(sae: SAE[Any], batch: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a batch, as many at a time as encode in bounded memory."""
+    d_in = sae.cfg.d_in
+    if batch.shape[-1] != d_in:
+        raise ValueError(
+            f"activations of shape {tuple(batch.shape)} are not accepted: the last dimension is "
+            f"to be d_in={d_in}."
+        )
+    if not batch.isfinite().all():
+        raise ValueError("activations hold values that are not finite.")
+    rows = batch.reshape(-1, d_in)
+    if len(rows):
+        for x in rows.split(max(1, _CHUNK_ELEMENTS // sae.cfg.d_sae)):
+            yield x.to(sae.device, sae.dtype)
+
+
+def _max_cosines(W_dec: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """(P, d_sae): of each latent, the largest cosine similarity with another one of each level."""
+    d_sae = len(W_dec)
+    result = torch.empty(len(widths), d_sae, device=W_dec.device)
+    starts = range(0, d_sae, max(1, _CHUNK_ELEMENTS // d_sae))
+    for start in tqdm(starts, desc="Comparing decoder rows", leave=False, disable=len(starts) < 3):
+        rows = slice(start, start + starts.step)
+        cosines = cosine_similarities(W_dec[rows], W_dec)
+        own = torch.arange(len(cosines), device=W_dec.device)
+        cosines[own, own + start] = -torch.inf
+        nearest = [cosines[:, s:e].max(dim=1).values for s, e in pairwise([0, *widths])]
+        result[:, rows] = torch.stack(nearest).cummax(0).values
+    return result

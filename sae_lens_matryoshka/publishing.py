@@ -1,0 +1,207 @@
+"""Publishing an SAE and its levels on the Hugging Face Hub, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the library it is built on
+)
+from huggingface_hub.utils import validate_repo_id
+from sae_lens import SAE, upload_saes_to_huggingface
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from transformer_lens.loading_from_pretrained import get_official_model_name
+
+from sae_lens_matryoshka.evals.level_report import level_table
+from sae_lens_matryoshka.evals.level_stats import LevelStats, stats_from_weights
+from sae_lens_matryoshka.files import whole_folder
+from sae_lens_matryoshka.hub import hub_error, load_sae
+from sae_lens_matryoshka.levels import levels
+
+CARD = "README.md"
+# Where a run kept its files and its logs says nothing of the SAE, and something of its owner.
+_PRIVATE_FIELDS = {
+    "logger",
+    "output_path",
+    "checkpoint_path",
+    "resume_from_checkpoint",
+    "from_pretrained_path",
+    "cached_activations_path",
+}
+
+
+def publish(
+    folder: Path | str,
+    repo_id: str,
+    sae_id: str | None = None,
+    *,
+    stats: Sequence[LevelStats] | None = None,
+    with_levels: bool = False,
+    private: bool = False,
+) -> str:
+    """Upload an SAE to the Hub with SAELens' uploader, and a model card beside it.
+
+    A card that the repository has already is kept; the new one is then put beside the weights.
+
+    Args:
+        folder: An SAE as `load_sae` takes it.
+        repo_id: `owner/name`; made if it does not exist.
+        sae_id: The SAE's folder in the repository; the hook's name where left out.
+        stats: What the card says of the levels; what the weights tell, where left out.
+        with_levels: Upload each inner level as well, as an SAE of its own: `SAE_ID/level_W`.
+        private: Make a new repository private.
+
+    Returns:
+        Where the card is in the repository.
+
+    Raises:
+        ValueError: `folder`, `repo_id` or `sae_id` is not accepted.
+        PermissionError: the Hub wants a token that may write to `repo_id`.
+        ConnectionError: the Hub can't be reached, or failed; run again, what is up stays.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "publication"
+        sae_ids = write_publication(
+            folder, out, repo_id, sae_id, stats=stats, with_levels=with_levels
+        )
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            upload_saes_to_huggingface(
+                {sae_id: out / sae_id for sae_id in sae_ids}, repo_id, add_default_readme=False
+            )
+            card = f"{sae_ids[0]}/{CARD}" if api.file_exists(repo_id, CARD) else CARD
+            api.upload_file(
+                path_or_fileobj=out / CARD,
+                path_in_repo=card,
+                repo_id=repo_id,
+                commit_message=f"Model card of {sae_ids[0]}",
+            )
+        except (HTTPError, RuntimeError) as error:  # the second one where a large file fails
+            raise hub_error(repo_id, error) from error
+    return card
+
+
+def write_publication(
+    folder: Path | str,
+    out: Path,
+    repo_id: str,
+    sae_id: str | None = None,
+    *,
+    stats: Sequence[LevelStats] | None = None,
+    with_levels: bool = False,
+) -> list[str]:
+    """Write what `publish` uploads: the card, and one folder per SAE as SAELens saves it.
+
+    Args:
+        out: Folder that appears when it is whole; must not exist, or be empty.
+
+    Returns:
+        The ids of the SAEs, which are their folders in `out`; the whole SAE first.
+
+    Raises:
+        ValueError: `folder`, `out`, `repo_id` or `sae_id` is not accepted.
+    """
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("the owner is missing")
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id={repo_id!r} is not accepted, give owner/name: {error}"
+        ) from error
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists: give a new or an empty folder.")
+    sae = load_sae(folder)
+    whole: str = sae_id or sae.cfg.metadata.hook_name or Path(folder).resolve().name
+    if Path(whole).is_absolute() or ".." in Path(whole).parts:
+        raise ValueError(f"sae_id={whole!r} is not accepted: give a folder in the repository.")
+    stats = stats_from_weights(sae) if stats is None else stats
+    saes = {whole: sae}
+    if with_levels:
+        inner = levels(sae)[:-1]
+        saes |= {f"{whole}/level_{level.cfg.d_sae}": level for level in inner}
+    with whole_folder(out) as unfinished:
+        for name, published in saes.items():
+            published.save_model(unfinished / name)
+        if (Path(folder) / SPARSITY_FILENAME).is_file():
+            shutil.copy(Path(folder) / SPARSITY_FILENAME, unfinished / whole)
+        training = _training(sae, Path(folder))
+        (unfinished / whole / RUNNER_CFG_FILENAME).write_text(json.dumps(training, indent=2))
+        card = _card(sae, repo_id, list(saes), stats, training)
+        (unfinished / CARD).write_text(card, encoding="utf-8")
+    return list(saes)
+
+
+def _card(
+    sae: SAE[Any],
+    repo_id: str,
+    sae_ids: list[str],
+    stats: Sequence[LevelStats],
+    training: dict[str, Any],
+) -> str:
+    metadata = sae.cfg.metadata
+    model, dataset = metadata.model_name, metadata.dataset_path
+    front_matter = ModelCardData(
+        library_name="saelens",
+        tags=["sparse-autoencoder", "sae", "matryoshka", "mechanistic-interpretability"],
+        base_model=_hub_name(model),
+        datasets=[dataset] if dataset and "/" in dataset and not Path(dataset).exists() else None,
+    )
+    measured = (
+        "L0 is the mean number of active latents per token of the SAE as it is saved; a latent is "
+        "dead if no token activated it."
+        if stats[-1].l0 is not None
+        else "From the weights alone; L0 and variance explained were not measured."
+    )
+    level_ids = "".join(f'- `SAE.from_pretrained("{repo_id}", "{name}")`\n' for name in sae_ids[1:])
+    template = files("sae_lens_matryoshka").joinpath("model_card.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        front_matter=front_matter.to_yaml(),
+        model=_hub_name(model) or model or "an unnamed model",
+        hook_name=metadata.hook_name or "unknown",
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        dataset=dataset or "unknown",
+        context_size=metadata.context_size or "unknown",
+        table=level_table(stats),
+        measured=measured,
+        repo_id=repo_id,
+        sae_id=sae_ids[0],
+        second=min(1, len(stats) - 1),
+        level_ids=f"\nEach inner level is also an SAE of its own:\n\n{level_ids}"
+        if level_ids
+        else "",
+        training=json.dumps(training, indent=2),
+    )
+
+
+def _hub_name(model: str | None) -> str | None:
+    """The model's name on the Hub, where TransformerLens knows it or it looks like one."""
+    if model is None:
+        return None
+    try:
+        return get_official_model_name(model)
+    except ValueError:
+        return model if "/" in model and not Path(model).exists() else None
+
+
+def _training(sae: SAE[Any], folder: Path) -> dict[str, Any]:
+    """The run's config as SAELens saved it, or else what the metadata keeps of it."""
+    if (folder / RUNNER_CFG_FILENAME).is_file():
+        run = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
+        return {name: value for name, value in run.items() if name not in _PRIVATE_FIELDS}
+    metadata = sae.cfg.metadata
+    return {
+        "training_architecture": metadata.training_architecture,
+        **(metadata.training_architecture_details or {}),
+    }
