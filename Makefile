@@ -7,7 +7,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
 
-test: .venv/installed-dev
+test: .venv/installed-dev .peers/installed
 	.venv/bin/python -m pytest
 
 lint: .venv/installed-dev
@@ -26,6 +26,12 @@ test-bench: .venv-bench/installed
 
 .venv/installed-dev: .venv/installed
 	.venv/bin/python $(PIP) -e '.[dev]'
+	touch $@
+
+# The libraries whose checkpoints are read, beside the environment: see tests/peers.
+.peers/installed: tests/peers/requirements.txt .venv/installed
+	rm -rf .peers
+	.venv/bin/python $(PIP) --no-deps --target .peers/site -r tests/peers/requirements.txt
 	touch $@
 
 .venv-bench/installed: pyproject.toml

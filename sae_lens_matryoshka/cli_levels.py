@@ -133,9 +133,13 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--dataset", help="a data set of texts or tokens, run through the model of the SAE"
     )
     parser.add_argument("--model", help="the model's name, where the SAE does not say it")
-    parser.add_argument("--n-batches", type=int, default=10, help="batches of prompts to run")
-    parser.add_argument("--batch-size-prompts", type=int, default=16, help="prompts in each")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--n-batches", type=int, default=10, help="batches of prompts to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size-prompts", type=int, default=16, help="prompts in each (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
 
 
 def _widths(text: str) -> list[int]:
@@ -194,6 +198,7 @@ def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
         dataset=parsed.dataset,
         streaming=not Path(parsed.dataset).exists(),
         store_batch_size_prompts=parsed.batch_size_prompts,
+        total_tokens=parsed.n_batches * parsed.batch_size_prompts * metadata.context_size,
         device=parsed.device,
     )
     return measure_levels_in_model(sae, model, store, parsed.n_batches)

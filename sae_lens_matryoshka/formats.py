@@ -15,6 +15,9 @@ import sae_lens
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS, load_safetensors_weights
+from sae_lens.util import dtype_to_str
+
+_MATRYOSHKA_CLASS = "MatryoshkaBatchTopKSAE"
 
 Config = dict[str, Any]
 StateDict = dict[str, torch.Tensor]
@@ -27,14 +30,19 @@ class Format(NamedTuple):
         name: The library it comes from.
         config: File name of the configuration.
         weights: File name of the weights.
+        loader: The name of SAELens' own loader from the Hub, if it has one.
         read: From those two paths to a config and a state dict as SAELens' loaders return them;
-            None where SAELens reads the format itself.
+            None where SAELens does all of it.
+        reads: Whether `read` is for a checkpoint with this configuration; the others of its format
+            are for SAELens' loader.
     """
 
     name: str
     config: str
     weights: str
-    read: Callable[[Path, Path], tuple[Config, StateDict]] | None
+    loader: str | None
+    read: Callable[[Path, Path], tuple[Config, StateDict]] | None = None
+    reads: Callable[[Config], bool] = lambda _: True
 
 
 def read_json(path: Path) -> Config:
@@ -64,7 +72,7 @@ def read_pickle(path: Path) -> StateDict:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {asked[1]}" if asked else "it is no file of weights"
         raise ValueError(f"{path.name} was refused unread: {reason}.") from error
-    except (RuntimeError, EOFError, ValueError, LookupError) as error:
+    except Exception as error:  # there is no end to what bytes that are no pickle lead to
         reason = str(error).partition(".")[0] or "it ends too early"
         raise ValueError(f"{path.name} is broken: {reason}.") from error
     if isinstance(state_dict, torch.Tensor):
@@ -83,12 +91,12 @@ def read_dictionary_learning(config: Path, weights: Path) -> tuple[Config, State
         ValueError: the files are broken or hold another kind of SAE.
     """
     cfg = read_json(config)
-    trainer, buffer = _section(config, cfg, "trainer"), cfg.get("buffer", {})
+    trainer, buffer = _section(config, cfg, "trainer"), _section(config, cfg, "buffer")
     dict_class = trainer.get("dict_class")
-    if dict_class != "MatryoshkaBatchTopKSAE":
+    if dict_class != _MATRYOSHKA_CLASS:
         raise ValueError(
             f"{config.name}: trainer.dict_class={dict_class!r} is not accepted from a folder: "
-            "only 'MatryoshkaBatchTopKSAE' is; other classes load from the Hub."
+            f"only {_MATRYOSHKA_CLASS!r} is; other classes load from the Hub."
         )
     state_dict = read_pickle(weights)
     sizes = state_dict.pop("group_sizes", None)
@@ -146,17 +154,11 @@ def read_gemma_scope_2(config: Path, weights: Path) -> tuple[Config, StateDict]:
         ValueError: the files are broken or hold a transcoder.
     """
     cfg = read_json(config)
-    point = str(cfg.get("hf_hook_point_in"))
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", point)
-    hooks = {
-        "output": "hook_resid_post",
-        "self_attn.o_proj.input": "attn.hook_z",
-        "post_feedforward_layernorm.output": "hook_mlp_out",
-    }
-    if match is None or match[2] not in hooks or "hf_hook_point_out" in cfg:
+    hook_name = _gemma_scope_2_hook(cfg)
+    if hook_name is None:
         raise ValueError(
-            f"{config.name}: hf_hook_point_in={point!r} is not accepted from a folder: give an SAE "
-            "of a layer's output, attention output or MLP output."
+            f"{config.name}: hf_hook_point_in={cfg.get('hf_hook_point_in')!r} is not accepted from "
+            "a folder: give an SAE of a layer's output, attention output or MLP output."
         )
     raw = load_safetensors_weights(weights)
     state_dict = {
@@ -165,6 +167,8 @@ def read_gemma_scope_2(config: Path, weights: Path) -> tuple[Config, StateDict]:
         if theirs in raw
     } | {name: raw[name] for name in ("b_enc", "b_dec", "threshold") if name in raw}
     model_name = str(cfg.get("model_name")).replace("-v3", "-3")
+    if "270m" in model_name:  # the one model of that family without the suffix
+        model_name = model_name.replace("-pt", "")
     return _jumprelu(
         state_dict,
         source=weights,
@@ -172,8 +176,8 @@ def read_gemma_scope_2(config: Path, weights: Path) -> tuple[Config, StateDict]:
         apply_b_dec_to_input=False,
         metadata={
             "model_name": model_name if "google" in model_name else f"google/{model_name}",
-            "hook_name": f"blocks.{match[1]}.{hooks[match[2]]}",
-            "hf_hook_name": point,
+            "hook_name": hook_name,
+            "hf_hook_name": cfg["hf_hook_point_in"],
             "context_size": 1024,  # these two as SAELens' own loader says
             "dataset_path": "monology/pile-uncopyrighted",
         },
@@ -181,13 +185,46 @@ def read_gemma_scope_2(config: Path, weights: Path) -> tuple[Config, StateDict]:
     )
 
 
-SAELENS = Format("SAELens", SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, None)
-DICTIONARY_LEARNING = Format(
-    "dictionary_learning", "config.json", "ae.pt", read_dictionary_learning
+def _gemma_scope_2_hook(cfg: Config) -> str | None:
+    """TransformerLens' name of the place that an SAE reads and writes; None for a transcoder."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(cfg.get("hf_hook_point_in")))
+    hooks = {
+        "output": "hook_resid_post",
+        "self_attn.o_proj.input": "attn.hook_z",
+        "post_feedforward_layernorm.output": "hook_mlp_out",
+    }
+    if match is None or match[2] not in hooks or "hf_hook_point_out" in cfg:
+        return None
+    return f"blocks.{match[1]}.{hooks[match[2]]}"
+
+
+def _is_matryoshka(cfg: Config) -> bool:
+    trainer = cfg.get("trainer")
+    # What lacks a class is for `read` to refuse.
+    return not isinstance(trainer, dict) or trainer.get("dict_class") in (None, _MATRYOSHKA_CLASS)
+
+
+SAELENS = Format("SAELens", SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "sae_lens")
+FORMATS = (
+    SAELENS,
+    Format(
+        "dictionary_learning",
+        "config.json",
+        "ae.pt",
+        "dictionary_learning_1",
+        read_dictionary_learning,
+        _is_matryoshka,
+    ),
+    Format("bartbussmann/matryoshka_sae", "config.json", "sae.pt", None, read_bartbussmann),
+    Format(
+        "Gemma Scope 2",
+        "config.json",
+        "params.safetensors",
+        "gemma_3",
+        read_gemma_scope_2,
+        lambda cfg: _gemma_scope_2_hook(cfg) is not None,
+    ),
 )
-BARTBUSSMANN = Format("bartbussmann/matryoshka_sae", "config.json", "sae.pt", read_bartbussmann)
-GEMMA_SCOPE_2 = Format("Gemma Scope 2", "config.json", "params.safetensors", read_gemma_scope_2)
-FORMATS = (SAELENS, DICTIONARY_LEARNING, BARTBUSSMANN, GEMMA_SCOPE_2)
 
 
 def _section(path: Path, cfg: Config, name: str) -> Config:
@@ -239,13 +276,14 @@ def _jumprelu(
         "architecture": "jumprelu",
         "d_in": d_in,
         "d_sae": d_sae,
-        "dtype": "float32",
+        "dtype": dtype_to_str(raw["W_enc"].dtype),
         "apply_b_dec_to_input": apply_b_dec_to_input,
         "normalize_activations": normalize_activations,
         "metadata": {
             **metadata,
             "prepend_bos": True,
             "training_architecture_details": details,
+            "sae_lens_training_version": None,
             "sae_lens_version": sae_lens.__version__,  # the form of this config
         },
     }

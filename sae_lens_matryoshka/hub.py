@@ -33,13 +33,9 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
 )
-from safetensors import SafetensorError
 
 from sae_lens_matryoshka.formats import (
-    DICTIONARY_LEARNING,
     FORMATS,
-    GEMMA_SCOPE_2,
-    SAELENS,
     Config,
     Format,
     StateDict,
@@ -97,7 +93,7 @@ def load_sae(
         repo_id = None
         sae = _from_folder(Path(release_or_dir), options)
     else:
-        release = str(release_or_dir)
+        release, sae_id = str(release_or_dir), sae_id.strip("/")
         repo_id, _ = _located(release, sae_id)
         with _clear_errors(repo_id, sae_id):
             sae = _from_hub(release, sae_id, options)
@@ -117,10 +113,11 @@ def load_sae(
 
 def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
     if not folder.is_dir():
-        near = _near(str(folder), _known_releases())
+        known = get_pretrained_saes_directory().get(str(folder))
+        hint = _near(str(folder), _known_releases()) if known is None else _near("", known.saes_map)
         raise ValueError(
             f"{str(folder)!r} is not a folder. An SAE of a release or a repository needs its "
-            f"sae_id as well: load_sae(release, sae_id){near}."
+            f"sae_id as well: load_sae(release, sae_id){hint}"
         )
     if (folder / TRAINER_STATE_FILENAME).exists():
         raise ValueError(
@@ -131,6 +128,7 @@ def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
         if (folder / layout.config).is_file() and (folder / layout.weights).is_file():
             converter = {} if layout.read is None else {"converter": _disk_loader(layout)}
             with _clear_errors(str(folder)):
+                read_json(folder / layout.config)
                 return SAE.load_from_disk(folder, **options, **converter)  # type: ignore[arg-type]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds no SAE: {_LAYOUTS}; found {found}.")
@@ -139,17 +137,13 @@ def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
 def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:
     repo_id, folder = _located(release, sae_id)
     if release in get_pretrained_saes_directory():
-        loader_name = get_conversion_loader_name(release)
-        layout = DICTIONARY_LEARNING if loader_name == "dictionary_learning_1" else None
+        loader = get_conversion_loader_name(release)
+        layout = next((layout for layout in FORMATS if layout.loader == loader), None)
     else:
         layout = _layout_of(repo_id, folder)
-    converter = None
-    if layout is DICTIONARY_LEARNING:
-        converter = _dictionary_learning_loader
-    elif layout is GEMMA_SCOPE_2:
-        converter = NAMED_PRETRAINED_SAE_LOADERS["gemma_3"]
-    elif layout is not None and layout.read is not None:
-        converter = _hub_loader(layout)
+    if layout is not None and layout.read is None:  # SAELens' error would not name the file
+        read_json(Path(hf_hub_download(repo_id, f"{folder}/{layout.config}")))
+    converter = None if layout is None or layout.read is None else _hub_loader(layout)
     with warnings.catch_warnings():
         # SAELens recommends its own names for a repository; ours finds the same either way.
         warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace")
@@ -157,20 +151,19 @@ def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:
 
 
 def _layout_of(repo_id: str, folder: str) -> Format:
-    """The format of an SAE in a repository that SAELens has no entry for."""
-    try:
-        hf_hub_download(repo_id, f"{folder}/{SAELENS.config}")
-        return SAELENS
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        config = read_json(Path(hf_hub_download(repo_id, f"{folder}/config.json")))
-    if config.get("architecture") == "jump_relu":
-        return GEMMA_SCOPE_2
-    if "trainer" in config:
-        return DICTIONARY_LEARNING
-    (layout,) = (f for f in FORMATS if f.weights == "sae.pt")
-    return layout
+    """The format of an SAE in a repository that SAELens has no entry for, by its weights."""
+    failure: EntryNotFoundError | None = None
+    for layout in FORMATS:
+        unanswered = isinstance(failure, LocalEntryNotFoundError)
+        try:
+            # Where the Hub is down, the rest is asked of the cache alone.
+            hf_hub_download(repo_id, f"{folder}/{layout.weights}", local_files_only=unanswered)
+        except EntryNotFoundError as error:
+            failure = failure if unanswered else error
+        else:
+            return layout
+    assert failure is not None
+    raise failure
 
 
 def _disk_loader(layout: Format) -> PretrainedSaeDiskLoader:
@@ -191,34 +184,30 @@ def _hub_loader(layout: Format) -> PretrainedSaeHuggingfaceLoader:
         device: str,
         force_download: bool,
         cfg_overrides: Config | None,
-    ) -> tuple[Config, StateDict, None]:
-        assert layout.read is not None
-        config, weights = (
-            Path(hf_hub_download(repo_id, f"{folder_name}/{name}", force_download=force_download))
-            for name in (layout.config, layout.weights)
-        )
-        cfg, state_dict = layout.read(config, weights)
-        return overridden(cfg, {"device": device, **(cfg_overrides or {})}), state_dict, None
+    ) -> tuple[Config, StateDict, torch.Tensor | None]:
+        def download(name: str) -> Path:
+            path = f"{folder_name}/{name}"
+            return Path(hf_hub_download(repo_id, path, force_download=force_download))
+
+        try:
+            config = download(layout.config)
+        except EntryNotFoundError as error:
+            # SAELens infers some configurations that are not there.
+            if layout.loader is None or isinstance(error, LocalEntryNotFoundError):
+                raise
+            config = None
+        if config is not None and layout.reads(read_json(config)):
+            assert layout.read is not None
+            cfg, state_dict = layout.read(config, download(layout.weights))
+            return overridden(cfg, {"device": device, **(cfg_overrides or {})}), state_dict, None
+        assert layout.loader is not None
+        if layout.weights.endswith(".pt"):
+            # SAELens leaves the choice of weights_only to PyTorch, so the pickle is checked before.
+            read_pickle(download(layout.weights))
+        loader = NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
+        return loader(repo_id, folder_name, device, force_download, cfg_overrides)
 
     return load
-
-
-def _dictionary_learning_loader(
-    repo_id: str,
-    folder_name: str,
-    device: str,
-    force_download: bool,
-    cfg_overrides: Config | None,
-) -> tuple[Config, StateDict, torch.Tensor | None]:
-    """Ours for Matryoshka, SAELens' own for the other classes that share the format."""
-    config = read_json(Path(hf_hub_download(repo_id, f"{folder_name}/config.json")))
-    if config.get("trainer", {}).get("dict_class") == "MatryoshkaBatchTopKSAE":
-        load = _hub_loader(DICTIONARY_LEARNING)
-    else:
-        # SAELens leaves the choice of weights_only to PyTorch, so the pickle is checked before.
-        read_pickle(Path(hf_hub_download(repo_id, f"{folder_name}/ae.pt")))
-        load = NAMED_PRETRAINED_SAE_LOADERS["dictionary_learning_1"]
-    return load(repo_id, folder_name, device, force_download, cfg_overrides)
 
 
 _LAYOUTS = "accepted: " + ", or ".join(
@@ -232,11 +221,11 @@ def _located(release: str, sae_id: str) -> tuple[str, str]:
     if known is None and "/" not in release:
         raise ValueError(
             f"{release!r} is neither a release of SAELens nor a repository "
-            f"(owner/name){_near(release, _known_releases())}."
+            f"(owner/name){_near(release, _known_releases())}"
         )
     if known is not None and sae_id not in known.saes_map:
         raise ValueError(
-            f"The release {release!r} has no SAE {sae_id!r}{_near(sae_id, known.saes_map)}."
+            f"The release {release!r} has no SAE {sae_id!r}{_near(sae_id, known.saes_map)}"
         )
     return get_repo_id_and_folder_name(release, sae_id)
 
@@ -247,12 +236,13 @@ def _known_releases() -> list[str]:
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    """What to add to an error about `name`: the nearest of `names`, or the first of them."""
-    names = list(names)
+    """The end of a sentence about `name`: the nearest of `names`, or the first of them."""
+    names = [known for known in names if known != name]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return "; did you mean " + " or ".join(map(repr, near)) + "?"
-    return f"; among what there is: {', '.join(map(repr, names[:3]))}" if names else ""
+    others = " and others" if len(names) > 3 else ""
+    return f"; there is {', '.join(map(repr, names[:3]))}{others}." if names else "."
 
 
 @contextmanager
@@ -269,22 +259,30 @@ def _clear_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(
             f"There is no repository {source!r} on the Hub, or it is private and HF_TOKEN or "
-            f"`hf auth login` gives no access to it{_near(source, _known_releases())}."
+            f"`hf auth login` gives no access to it{_near(source, _known_releases())}"
         ) from error
     except (LocalEntryNotFoundError, requests.RequestException) as error:
         raise hub_error(where, error) from error
     except EntryNotFoundError as error:
+        there = _ids_in(source)
+        if sae_id in there:
+            url = str(getattr(getattr(error, "response", None), "url", ""))
+            raise ValueError(
+                f"{where} lacks {url.rpartition('/')[2]}, so there is no SAE ({_LAYOUTS})."
+            ) from error
         raise ValueError(
-            f"The repository {source!r} has no SAE {sae_id!r}"
-            f"{_near(str(sae_id), _ids_in(source))}. ({_LAYOUTS})"
+            f"The repository {source!r} has no SAE {sae_id!r}{_near(str(sae_id), there)} "
+            f"({_LAYOUTS})"
         ) from error
     except (HfHubHTTPError, HTTPError) as error:
         raise hub_error(where, error) from error
-    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ValueError(f"{where} can't be read: {reason or type(error).__name__}.") from error
+    except OSError:
+        raise  # the disk, not the SAE
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except Exception as error:  # from the bytes of a file, through any of SAELens' loaders
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(f"{where} can't be read: {reason or type(error).__name__}.") from error
 
 
 def hub_error(where: str, error: BaseException) -> OSError:

@@ -22,6 +22,21 @@ StateDict = dict[str, torch.Tensor]
 D_IN, WIDTHS, GROUP_SIZES, K = 6, [3, 8, 20], [3, 5, 12], 4
 D_SAE = WIDTHS[-1]
 
+# The configurations as the libraries write them, but for what the functions below fill in.
+SAELENS_5_CFG = """{"architecture": "jumprelu", "dtype": "float32", "device": "cuda",
+"model_name": "gemma-2-2b", "hook_name": "blocks.0.hook_resid_post", "hook_layer": 0,
+"hook_head_index": null, "activation_fn_str": "relu", "activation_fn_kwargs": {},
+"apply_b_dec_to_input": true, "finetuning_scaling_factor": false, "prepend_bos": true,
+"sae_lens_training_version": "5.11.0", "dataset_path": "monology/pile-uncopyrighted",
+"context_size": 1024, "normalize_activations": "none", "neuronpedia_id": null}"""
+DICTIONARY_LEARNING_CFG = """{"trainer": {"trainer_class": "MatryoshkaBatchTopKTrainer",
+"dict_class": "MatryoshkaBatchTopKSAE", "activation_dim": 6, "dict_size": 20, "k": 4, "layer": 12,
+"device": "cuda:0", "lm_name": "google/gemma-2-2b", "submodule_name": "resid_post_layer_12"},
+"buffer": {"d_submodule": 6, "io": "out", "n_ctxs": 16, "ctx_len": 128, "device": "cuda:0"}}"""
+BARTBUSSMANN_CFG = """{"seq_len": 128, "dtype": "torch.float32", "model_name": "gpt2-small",
+"layer": 8, "act_size": 6, "dict_size": 20, "dataset_path": "Skylion007/openwebtext", "top_k": 4,
+"device": "cuda", "sae_type": "global-matryoshka-topk", "hook_point": "blocks.8.hook_resid_pre"}"""
+
 
 def random_weights(d_in: int = D_IN, d_sae: int = D_SAE) -> StateDict:
     """Weights of which no tensor is zero and no decoder row of norm 1."""
@@ -88,26 +103,8 @@ def saelens_6(weights: StateDict) -> Files:
 
 def saelens_5(weights: StateDict) -> Files:
     """As SAELens saved a JumpReLU SAE before 6.0: one flat cfg.json, no widths."""
-    cfg = {
-        "architecture": "jumprelu",
-        "d_in": weights["W_enc"].shape[0],
-        "d_sae": weights["W_enc"].shape[1],
-        "dtype": "float32",
-        "device": "cuda",
-        "model_name": "gemma-2-2b",
-        "hook_name": "blocks.0.hook_resid_post",
-        "hook_layer": 0,
-        "hook_head_index": None,
-        "activation_fn_str": "relu",
-        "activation_fn_kwargs": {},
-        "apply_b_dec_to_input": True,
-        "finetuning_scaling_factor": False,
-        "sae_lens_training_version": "5.11.0",
-        "prepend_bos": True,
-        "dataset_path": "monology/pile-uncopyrighted",
-        "context_size": 1024,
-        "normalize_activations": "none",
-    }
+    d_in, d_sae = weights["W_enc"].shape
+    cfg = {"d_in": d_in, "d_sae": d_sae, **json.loads(SAELENS_5_CFG)}
     data = safetensors.torch.save(weights)
     return {"cfg.json": json.dumps(cfg).encode(), "sae_weights.safetensors": data}
 
@@ -124,20 +121,8 @@ def dictionary_learning(
     weights: Mapping[str, Any], group_sizes: Any = GROUP_SIZES, **trainer: Any
 ) -> Files:
     """As dictionary_learning saves its `MatryoshkaBatchTopKSAE`, or what `trainer` says."""
-    cfg = {
-        "trainer": {
-            "trainer_class": "MatryoshkaBatchTopKTrainer",
-            "dict_class": "MatryoshkaBatchTopKSAE",
-            "activation_dim": D_IN,
-            "dict_size": D_SAE,
-            "group_sizes": group_sizes,
-            "k": K,
-            "layer": 12,
-            "lm_name": "google/gemma-2-2b",
-            **trainer,
-        },
-        "buffer": {"d_submodule": D_IN, "n_ctxs": 16, "ctx_len": 128},
-    }
+    cfg = json.loads(DICTIONARY_LEARNING_CFG)
+    cfg["trainer"].update({"group_sizes": group_sizes, **trainer})
     data = pickled({**weights, "k": torch.tensor(K)})
     return {"config.json": json.dumps(cfg).encode(), "ae.pt": data}
 
@@ -156,19 +141,8 @@ def bartbussmann(
     weights: Mapping[str, Any], group_sizes: Any = str(GROUP_SIZES), unit_norm: bool = True
 ) -> Files:
     """As the paper's own code logs its SAE: what is no number and no flag becomes text."""
-    cfg = {
-        "seq_len": 128,
-        "dtype": "torch.float32",
-        "model_name": "gpt2-small",
-        "act_size": D_IN,
-        "dict_size": D_SAE,
-        "dataset_path": "Skylion007/openwebtext",
-        "input_unit_norm": unit_norm,
-        "sae_type": "global-matryoshka-topk",
-        "top_k": K,
-        "hook_point": "blocks.8.hook_resid_pre",
-        "group_sizes": group_sizes,
-    }
+    cfg = json.loads(BARTBUSSMANN_CFG)
+    cfg |= {"input_unit_norm": unit_norm, "group_sizes": group_sizes}
     return {"config.json": json.dumps(cfg).encode(), "sae.pt": pickled(dict(weights))}
 
 

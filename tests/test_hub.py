@@ -45,13 +45,10 @@ REPO = "ann/saes"
 LAYER = "resid_post/layer_12_width_16k_l0_medium"  # Gemma Scope 2's name for a folder
 CHANIND = "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40"
 CHANIND_RELEASE, CHANIND_ID = "gemma-2-2b-res-matryoshka-dc", "blocks.0.hook_resid_post"
-SAEBENCH, SAEBENCH_ID = (
-    "saebench_gemma-2-2b_width-2pow14_date-0107",
-    "blocks.12.hook_resid_post__trainer_0",
-)
-SAEBENCH_FOLDER = (
-    "gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107/resid_post_layer_12/trainer_0"
-)
+SAEBENCH = "saebench_gemma-2-2b_width-2pow14_date-0107"
+SAEBENCH_ID = "blocks.12.hook_resid_post__trainer_0"
+SUITE = "gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107"
+SAEBENCH_FOLDER = f"{SUITE}/resid_post_layer_12/trainer_0"
 
 
 class Case(NamedTuple):
@@ -336,14 +333,12 @@ def _broken() -> dict[str, tuple[Files, str]]:
         files = make(raw)
         for label, data, said in (
             ("truncated", files[file][:-300], "is broken"),
-            ("halved", files[file][: len(files[file]) // 2], "is broken"),
             ("of old, truncated", legacy[:-100], "is broken"),
-            ("of old, truncated early", legacy[:40], ""),
+            ("of old, truncated early", legacy[: legacy.index(b"X") + 3], "is broken"),
             ("empty", b"", "is broken"),
             ("of Git LFS", pointer, "was refused unread"),
-            ("of other text", b"jpeg", ""),
+            ("of other text", b"jpeg", "is"),
             ("with a list", pickled([1, 2]), "holds no state dict"),
-            ("with numbers", pickled({"W_enc": 1.0}), "holds no state dict"),
             ("with a module", pickled(torch.nn.ReLU()), "was refused unread: it asks to run torch"),
         ):
             add(label, files, file, data, f"{file} {said}")
@@ -372,7 +367,7 @@ def _broken() -> dict[str, tuple[Files, str]]:
         ({"buffer": {}}, "trainer"),
         ({"trainer": "text"}, "trainer"),
         ({"trainer": {"dict_class": "MatryoshkaBatchTopKSAE"}, "buffer": "text"}, "buffer"),
-        ({"trainer": {"group_sizes": GROUP_SIZES}}, "dict_class"),
+        ({"trainer": {"group_sizes": GROUP_SIZES}, "buffer": {}}, "dict_class"),
     ):
         data = json.dumps(config).encode()
         add(f"ae.pt {config}", DICTIONARY_LEARNING, "config.json", data, said)
@@ -469,24 +464,22 @@ def test_broken_files_in_formats_of_saelens(
 @pytest.mark.parametrize(
     ("release", "sae_id", "said"),
     [
-        (CHANIND_RELEASE[:-1], "any", f"nor a repository (owner/name); did you mean '{CHANIND_RE"),
-        (CHANIND_RELEASE, CHANIND_ID[:-1], f"no SAE '{CHANIND_ID[:-1]}'; did you mean '{CHANIND_I"),
-        (CHANIND_RELEASE, "42", f"has no SAE '42'; among what there is: '{CHANIND_ID}'"),
+        ("none", "any", "'none' is neither a release of SAELens nor a repository"),
+        (CHANIND_RELEASE[:-1], "any", f"; did you mean '{CHANIND_RELEASE}' or"),
+        (CHANIND_RELEASE, CHANIND_ID[:-1], f"did you mean '{CHANIND_ID}'"),
+        (CHANIND_RELEASE, "42", f"has no SAE '42'; there is '{CHANIND_ID}'"),
         (CHANIND_RELEASE, CHANIND_ID, f"no repository '{CHANIND}' on the Hub"),
         (CHANIND[:-1], "any", f"no repository '{CHANIND[:-1]}' on the Hub"),
         (CHANIND[:-1], "any", f"did you mean '{CHANIND}'"),
         ("one/two/three", "any", "no repository 'one/two/three' on the Hub"),
         ("ann/cached", "onne", "'ann/cached' has no SAE 'onne'; did you mean 'one'?"),
-        ("ann/cached", "42", "'ann/cached' has no SAE '42'; among what there is: 'one'"),
+        ("ann/cached", "42", "'ann/cached' has no SAE '42'; there is 'one'. (accepted"),
         ("ann/empty", "one", "'ann/empty' has no SAE 'one'. (accepted: cfg.json with sae_weights."),
         ("ann/empty", "one", "config.json with ae.pt (dictionary_learning)"),
     ],
 )
-def test_unknown_names(
-    hub: LoopbackHub, cache: Path, release: str, sae_id: str, said: str
-) -> None:
+def test_unknown_names(hub: LoopbackHub, cache: Path, release: str, sae_id: str, said: str) -> None:
     hub.add("ann/empty", {"README.md": b"# Nothing", "one/optimizer.pt": b"1"})
-    said = said.replace("CHANIND_RE", CHANIND_RELEASE).replace("CHANIND_I", CHANIND_ID)
     with refused(hub, cache, ValueError, said):
         load_sae(release, sae_id)
 
@@ -495,10 +488,14 @@ def test_unknown_names(
 def test_one_of_the_files_is_missing(name: str, load: Load, hub: LoopbackHub, cache: Path) -> None:
     files, folder = CASES[name].files, CASES[name].folder
     for file in files:
-        hub.reset()
         rest = {other: data for other, data in files.items() if other != file}
+        place = f"without_{file}/{folder}"
+        if (load.__name__, name, file) == ("Hub", "gemma_scope_2", "config.json"):
+            inferred = load(rest, place)  # by SAELens, from the name of the folder
+            same_weights(inferred, load(files, folder))
+            continue
         with refused(hub, cache, ValueError, "no SAE", "accepted: cfg.json with sae_weights"):
-            load(rest, f"without_{file}/{folder}")
+            load(rest, place)
 
 
 def test_folders_without_an_sae(tmp_path: Path) -> None:
@@ -516,7 +513,7 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
     for folder, said in (
         (tmp_path / "missing", "missing' is not a folder"),
         (placed({"file": b""}, tmp_path / "with_file") / "file", "file' is not a folder"),
-        (CHANIND_RELEASE, f"needs its sae_id as well.*did you mean '{CHANIND_RELEASE}'"),
+        (CHANIND_RELEASE, f"needs its sae_id as well.*'{CHANIND_ID}'"),
     ):
         with pytest.raises(ValueError, match=said):
             load_sae(folder)
@@ -551,7 +548,7 @@ def down(hub: LoopbackHub) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
-    ("status", "code", "kind", "said"),
+    "fault",
     [
         (0, "", ConnectionError, "The Hub can't be reached for ann/saes"),
         (401, "", PermissionError, "HF_TOKEN"),
@@ -566,19 +563,14 @@ def down(hub: LoopbackHub) -> Iterator[None]:
     ],
 )
 def test_hub_that_fails(
-    hub: LoopbackHub,
-    cache: Path,
-    name: str,
-    status: int,
-    code: str,
-    kind: type[Exception],
-    said: str,
+    hub: LoopbackHub, cache: Path, name: str, fault: tuple[int, str, type[Exception], str]
 ) -> None:
     files, _, _, folder, _ = CASES[name]
+    status, code, kind, said = fault
     hub.add(REPO, under(folder, files))
     for only in ("", *([] if code or not status else files)):  # for all files, or for this one
-        fault = hub.answer_with(status, code, only) if status else down(hub)
-        with refused(hub, cache, kind, said), fault:
+        failing = hub.answer_with(status, code, only) if status else down(hub)
+        with refused(hub, cache, kind, said), failing:
             load_sae(REPO, folder)
         hub.add(REPO, {"README.md": only.encode()})  # a new commit, of which nothing is cached
     assert widths_of(load_sae(REPO, folder, matryoshka_widths=WIDTHS)) == WIDTHS
@@ -597,7 +589,7 @@ def test_cached_sae_loads_while_the_hub_is_down(hub: LoopbackHub, name: str) -> 
 def test_download_cut_short(hub: LoopbackHub, cache: Path, name: str) -> None:
     files, _, _, folder, _ = CASES[name]
     hub.add(REPO, under(folder, files))
-    for file in files:
+    for file in reversed(list(files)):  # the weights first, which nothing cached may stand in for
         cut = hub.cut_short(f"{REPO}/{folder}/{file}")
         with refused(hub, cache, ConnectionError, "can't be reached for ann/saes"), cut:
             load_sae(REPO, folder)
@@ -635,7 +627,6 @@ for limit in (100, 16384, soft):  # too small for cfg.json, for the weights, for
         print(load_sae("ann/saes", "one").cfg.d_sae)
     except Exception as error:
         print(type(error).__name__, error.errno)
-        raise SystemExit if limit == soft else None
 """
 
 

@@ -44,13 +44,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
         "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model: "
         "it only takes the name pythia-70m-deduped, because TransformerLens knows that one.\n"
     )
-    model = out / MODEL_FOLDER
-    shutil.copytree(Path(__file__).with_name("model"), model, dirs_exist_ok=True)
-    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, HELD_OUT_SEED)):
-        (out / name).mkdir(exist_ok=True)
-        rows = Dataset.from_dict({"text": texts(n, seed + offset)})
-        rows.to_parquet(out / name / "train.parquet")
-
+    write_model_and_texts(out, seed)
     # The Hub's clients read these when they are imported, so training has a process of its own.
     environment = {
         **os.environ,
@@ -65,3 +59,12 @@ def run_demo(out: Path, seed: int = 0) -> int:
         env=environment,
         check=False,
     ).returncode
+
+
+def write_model_and_texts(out: Path, seed: int) -> None:
+    """Put the demo's model, and the texts to train and to evaluate on, where `out` is the cwd."""
+    shutil.copytree(Path(__file__).with_name("model"), out / MODEL_FOLDER, dirs_exist_ok=True)
+    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, HELD_OUT_SEED)):
+        (out / name).mkdir(exist_ok=True)
+        rows = Dataset.from_dict({"text": texts(n, seed + offset)})
+        rows.to_parquet(out / name / "train.parquet")

@@ -1,0 +1,134 @@
+"""How far the L0 of a saved SAE is from the k that it was trained with, on held-out activations.
+
+    HF_HUB_OFFLINE=1 python benchmarks/thresholds.py --out docs/benchmarks/thresholds.json
+
+Trains on the demo's model and, at some steps, compares three thresholds with the trained weights of
+that step: SAELens' moving average, that average without its start from 0, and what this package
+saves. Each row is one run and one step; errors are of L0 / k − 1, in per cent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from sae_lens import ActivationsStore
+from sae_lens.load_model import load_model
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from transformer_lens import HookedTransformer
+from typing_extensions import override
+
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, N_EVAL_BATCHES, run_config
+from sae_lens_matryoshka.demo.run import write_model_and_texts
+from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
+
+STEPS = (10, 30, 100, 300, 1000, 1200, 1500)
+RUNS: list[dict[str, Any]] = [
+    {"k": 8},
+    {"k": 8, "normalize_activations": "expected_average_only_in"},
+    {"k": 1.25},
+    {"k": 32},
+]
+COLUMNS = ("moving_average", "without_start", "ours")
+
+
+def l0(scores: torch.Tensor, threshold: float) -> float:
+    return (scores > threshold).sum().item() / len(scores)
+
+
+class MeasuringRunner(MatryoshkaTrainingRunner):
+    """Compares the thresholds at `STEPS`."""
+
+    held_out: torch.Tensor
+    rows: list[dict[str, Any]]
+
+    @override
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[TrainingSAE[Any], Any]
+    ) -> TrainingSAE[Any]:
+        self.rows, compute_step = [], trainer.step
+
+        def step(batch: torch.Tensor) -> Any:
+            output = compute_step(batch)
+            n_steps = trainer.n_training_steps + 1
+            if n_steps in STEPS:
+                self.rows.append({"step": n_steps, **self.errors(trainer, n_steps)})
+            return output
+
+        trainer.step = step
+        return super().run_trainer_with_interruption_handling(trainer)
+
+    @torch.no_grad()
+    def errors(self, trainer: SAETrainer[TrainingSAE[Any], Any], n_steps: int) -> dict[str, float]:
+        sae: Any = trainer.sae
+        x = trainer.activation_scaler(self.held_out) - sae.b_dec
+        scores = (x @ sae.W_enc + sae.b_enc).relu() * sae.W_dec.norm(dim=-1)
+        state_dict = sae.state_dict()
+        sae.process_state_dict_for_saving_inference(state_dict)
+        average = sae.topk_threshold.item()
+        thresholds = (
+            average,
+            average / (1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps),
+            state_dict["threshold"][0].item(),
+        )
+        return {
+            name: 100 * (l0(scores, threshold) / sae.cfg.k - 1)
+            for name, threshold in zip(COLUMNS, thresholds, strict=True)
+        }
+
+
+def measure(options: dict[str, Any], model: HookedTransformer) -> list[dict[str, Any]]:
+    """One run of the demo's length, compared at `STEPS`."""
+    corpus, held_out = (load_dataset(name, split="train") for name in ("corpus", "held_out"))
+    assert isinstance(corpus, Dataset)
+    assert isinstance(held_out, Dataset)
+    cfg = run_config(MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, **options))
+    cfg = replace(cfg, output_path=None, n_batches_for_norm_estimate=50)
+    torch.manual_seed(cfg.seed)
+    runner = MeasuringRunner(cfg, override_dataset=corpus, override_model=model)
+    store = ActivationsStore.from_config(model, cfg, override_dataset=held_out)
+    batches = [store.get_activations(store.get_batch_tokens()) for _ in range(N_EVAL_BATCHES)]
+    runner.held_out = torch.cat(batches).reshape(-1, D_IN)
+    runner.run()
+    return [{**options, **row} for row in runner.rows]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    out = parser.parse_args().out
+    out = out and out.resolve()
+    if not HF_HUB_OFFLINE:
+        parser.error("set HF_HUB_OFFLINE=1: the model is a local one under an official name")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_and_texts(Path(folder), seed=0)
+        os.chdir(folder)
+        model = load_model("HookedTransformer", "pythia-70m-deduped", "cpu")
+        assert isinstance(model, HookedTransformer)
+        rows = [row for options in RUNS for row in measure(options, model)]
+    print("\n| k | normalization | step | moving average | without its start | ours |")
+    print("|---:|---|---:|---:|---:|---:|")
+    for row in rows:
+        cells = " | ".join(f"{row[name]:+.1f} %" for name in COLUMNS)
+        normalization = row.get("normalize_activations", "none")
+        print(f"| {row['k']} | {normalization} | {row['step']} | {cells} |")
+    if out:
+        out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
