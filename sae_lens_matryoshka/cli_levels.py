@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
 from safetensors.torch import load_file
@@ -23,10 +26,11 @@ from sae_lens_matryoshka.evals.level_stats import (
     measure_levels_in_model,
     stats_from_weights,
 )
+from sae_lens_matryoshka.files import whole_file
 from sae_lens_matryoshka.formats import read_pickle
 from sae_lens_matryoshka.hub import load_sae
 from sae_lens_matryoshka.levels import widths_of
-from sae_lens_matryoshka.publishing import publish, write_publication
+from sae_lens_matryoshka.publishing import check_names, publish, write_publication
 
 
 def plan_levels(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
@@ -49,15 +53,24 @@ def plan_levels(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[
         )
     if parsed.plot and parsed.plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot={str(parsed.plot)!r} is not accepted: give a .png, .pdf or .svg.")
+    for file in filter(None, (parsed.plot, parsed.json)):
+        if not file.parent.is_dir():
+            raise ValueError(f"{file.parent} is not a folder to write {file.name} to.")
     return partial(_levels, parsed)
 
 
 def _levels(parsed: argparse.Namespace) -> int:
-    sae = _load(parsed)
+    sae = load_sae(
+        parsed.release_or_dir,
+        parsed.sae_id,
+        matryoshka_widths=parsed.matryoshka_widths,
+        device=parsed.device,
+    )
     rows = _stats(sae, parsed)
     print(level_table(rows))
     if parsed.json:
-        parsed.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        with whole_file(parsed.json) as unfinished:
+            unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     if parsed.plot:
         name = " ".join(filter(None, (parsed.release_or_dir, parsed.sae_id)))
         draw_level_stats(parsed.plot, rows, title=name)
@@ -88,28 +101,27 @@ def plan_publish(parser: argparse.ArgumentParser, words: list[str]) -> Callable[
     _check_measuring(parsed)
     if parsed.out and not parsed.dry_run:
         raise ValueError("--out goes with --dry-run: without it nothing is kept on disk.")
+    if parsed.dry_run:
+        parsed.out = parsed.out or Path("published") / parsed.repo_id
+    check_names(parsed.repo_id, parsed.sae_id, parsed.out)
     return partial(_publish, parsed)
 
 
 def _publish(parsed: argparse.Namespace) -> int:
-    source, sae_id = parsed.release_or_dir, parsed.sae_id
-    parsed.sae_id = None  # of the new repository, not of what is loaded
-    rows = _stats(_load(parsed), parsed)
-    if parsed.dry_run:
-        out = parsed.out or Path("published") / parsed.repo_id
-        write_publication(
-            source, out, parsed.repo_id, sae_id, stats=rows, with_levels=parsed.with_levels
-        )
-        print(f"{out} holds what would be uploaded to {parsed.repo_id}.")
-        return 0
-    card = publish(
-        source,
-        parsed.repo_id,
-        sae_id,
-        stats=rows,
-        with_levels=parsed.with_levels,
-        private=parsed.private,
+    sae = load_sae(
+        parsed.release_or_dir, matryoshka_widths=parsed.matryoshka_widths, device=parsed.device
     )
+    options: dict[str, Any] = {
+        "matryoshka_widths": parsed.matryoshka_widths,
+        "stats": _stats(sae, parsed),
+        "with_levels": parsed.with_levels,
+    }
+    names = parsed.repo_id, parsed.sae_id
+    if parsed.dry_run:
+        write_publication(parsed.release_or_dir, parsed.out, *names, **options)
+        print(f"{parsed.out} holds what would be uploaded to {parsed.repo_id}.")
+        return 0
+    card = publish(parsed.release_or_dir, *names, private=parsed.private, **options)
     print(f"{parsed.repo_id} is published; its card is {card}.")
     return 0
 
@@ -159,18 +171,8 @@ def _check_measuring(parsed: argparse.Namespace) -> None:
             raise ValueError(f"--{flag}={getattr(parsed, name)} is not accepted: give 1 or more.")
 
 
-def _load(parsed: argparse.Namespace) -> SAE[Any]:
-    sae = load_sae(
-        parsed.release_or_dir,
-        parsed.sae_id,
-        matryoshka_widths=parsed.matryoshka_widths,
-        device=parsed.device,
-    )
-    widths_of(sae)  # before anything long begins
-    return sae
-
-
 def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
+    widths_of(sae)  # before anything long begins
     if parsed.activations:
         return measure_levels(sae, _read_activations(parsed.activations, sae))
     if not parsed.dataset:
@@ -185,28 +187,35 @@ def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
     model_name = parsed.model or metadata.model_name
     if model_name is None:
         raise ValueError("the metadata of this SAE has no model_name: give --model.")
-    model = load_model(
-        metadata.model_class_name or "HookedTransformer",
-        model_name,
-        device=parsed.device,
-        model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-        hook_names=[metadata.hook_name],
-    )
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=parsed.dataset,
-        streaming=not Path(parsed.dataset).exists(),
-        store_batch_size_prompts=parsed.batch_size_prompts,
-        total_tokens=parsed.n_batches * parsed.batch_size_prompts * metadata.context_size,
-        device=parsed.device,
-    )
+    with redirect_stdout(sys.stderr):  # TransformerLens prints, and the table is to stand alone
+        model = load_model(
+            metadata.model_class_name or "HookedTransformer",
+            model_name,
+            device=parsed.device,
+            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+            hook_names=[metadata.hook_name],
+        )
+    try:
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=parsed.dataset,
+            streaming=not Path(parsed.dataset).exists(),
+            store_batch_size_prompts=parsed.batch_size_prompts,
+            total_tokens=parsed.n_batches * parsed.batch_size_prompts * metadata.context_size,
+            device=parsed.device,
+        )
+    except (DatasetsError, FileNotFoundError) as error:
+        raise ValueError(f"--dataset={parsed.dataset!r} can't be read: {error}") from error
     return measure_levels_in_model(sae, model, store, parsed.n_batches)
 
 
 def _read_activations(path: Path, sae: SAE[Any]) -> Any:
     if path.is_dir():
-        data = load_from_disk(path)
+        try:
+            data = load_from_disk(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is no folder of activations: {error}") from error
         hook_name = sae.cfg.metadata.hook_name
         if not isinstance(data, Dataset) or hook_name not in data.column_names:
             raise ValueError(f"{path} holds no activations of {hook_name}.")

@@ -47,7 +47,8 @@ def widths_of(sae: SAE[Any]) -> list[int]:
         raise ValueError(
             f"This {type(sae).__name__} of {sae.cfg.d_sae} latents has no level widths: "
             "cfg.metadata.training_architecture_details holds no `matryoshka_widths`. If it was "
-            "trained with nested levels, load it with load_sae(…, matryoshka_widths=[…])."
+            "trained with nested levels, load it with load_sae(…, matryoshka_widths=[…]), or give "
+            "--matryoshka-widths on the command line."
         )
     return resolve_widths(widths, sae.cfg.d_sae)
 
@@ -70,7 +71,9 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     """The SAE made of the first `width` latents of `sae`.
 
     Its class is that of `sae`, or of what `sae` is saved as if it is in training. It shares the
-    storage of its weights with an inference SAE; those of a training SAE are folded, so copied.
+    storage of its weights with an inference SAE, and copies those of a training SAE. SAELens'
+    `fold_…` functions write in place, so to all that share: use them before, or on a
+    `copy.deepcopy`.
     Its codes are the first `width` of those of `sae`, except of a TopK SAE: that one keeps the k
     largest of the `width` that are left, or all if `width` is less than k.
 
@@ -92,18 +95,23 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
         or not 1 <= width <= d_sae
     ):
         raise ValueError(f"width={width!r} is not accepted: give 1 to d_sae={d_sae}.")
-    state_dict = sae.state_dict()
     cfg: Any
     if isinstance(sae, TrainingSAE):
         cfg = SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
+        # SAELens rebuilds the details from the config, without what `set_widths` wrote.
+        known, saved = (c.metadata.training_architecture_details or {} for c in (sae.cfg, cfg))
+        cfg.metadata.training_architecture_details = {**known, **saved}
+        state_dict = sae.state_dict()
         sae.process_state_dict_for_saving_inference(state_dict)
+        state_dict = {name: t.to(sae.dtype, copy=True) for name, t in state_dict.items()}
     else:
         cfg = copy.deepcopy(sae.cfg)
+        state_dict = {name: parameter.detach() for name, parameter in sae.named_parameters()}
     unknown = state_dict.keys() - _LATENT_DIM.keys()
-    if unknown:
+    if unknown or "W_enc" not in state_dict:
         raise TypeError(
-            f"{type(sae).__name__} can't be cut by latents: what to do with "
-            f"{', '.join(sorted(unknown))} is not known."
+            f"{type(sae).__name__} can't be cut by latents: it has the weights "
+            f"{', '.join(sorted(state_dict))}."
         )
     cfg.d_sae = int(width)
     if hasattr(cfg, "k"):

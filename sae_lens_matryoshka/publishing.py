@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from string import Template
 from typing import Any
 
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE, upload_saes_to_huggingface
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_matryoshka.evals.level_report import level_table
@@ -44,6 +45,7 @@ def publish(
     repo_id: str,
     sae_id: str | None = None,
     *,
+    matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
     with_levels: bool = False,
     private: bool = False,
@@ -56,6 +58,7 @@ def publish(
         folder: An SAE as `load_sae` takes it.
         repo_id: `owner/name`; made if it does not exist.
         sae_id: The SAE's folder in the repository; the hook's name where left out.
+        matryoshka_widths: As `load_sae` takes them.
         stats: What the card says of the levels; what the weights tell, where left out.
         with_levels: Upload each inner level as well, as an SAE of its own: `SAE_ID/level_W`.
         private: Make a new repository private.
@@ -71,7 +74,13 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "publication"
         sae_ids = write_publication(
-            folder, out, repo_id, sae_id, stats=stats, with_levels=with_levels
+            folder,
+            out,
+            repo_id,
+            sae_id,
+            matryoshka_widths=matryoshka_widths,
+            stats=stats,
+            with_levels=with_levels,
         )
         api = HfApi()
         try:
@@ -97,6 +106,7 @@ def write_publication(
     repo_id: str,
     sae_id: str | None = None,
     *,
+    matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
     with_levels: bool = False,
 ) -> list[str]:
@@ -111,28 +121,23 @@ def write_publication(
     Raises:
         ValueError: `folder`, `out`, `repo_id` or `sae_id` is not accepted.
     """
-    try:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("the owner is missing")
-    except HFValidationError as error:
-        raise ValueError(
-            f"repo_id={repo_id!r} is not accepted, give owner/name: {error}"
-        ) from error
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists: give a new or an empty folder.")
-    sae = load_sae(folder)
-    whole: str = sae_id or sae.cfg.metadata.hook_name or Path(folder).resolve().name
-    if Path(whole).is_absolute() or ".." in Path(whole).parts:
-        raise ValueError(f"sae_id={whole!r} is not accepted: give a folder in the repository.")
+    check_names(repo_id, sae_id, out)
+    sae = load_sae(folder, matryoshka_widths=matryoshka_widths)
+    metadata = sae.cfg.metadata
+    metadata.model_name = _without_folders(metadata.model_name)
+    metadata.dataset_path = _without_folders(metadata.dataset_path)
+    whole: str = sae_id or metadata.hook_name or Path(folder).resolve().name
     stats = stats_from_weights(sae) if stats is None else stats
     saes = {whole: sae}
     if with_levels:
         inner = levels(sae)[:-1]
         saes |= {f"{whole}/level_{level.cfg.d_sae}": level for level in inner}
     with whole_folder(out) as unfinished:
-        for name, published in saes.items():
-            published.save_model(unfinished / name)
+        try:
+            for name, published in saes.items():
+                published.save_model(unfinished / name)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{out} can't be written: {error}") from error
         if (Path(folder) / SPARSITY_FILENAME).is_file():
             shutil.copy(Path(folder) / SPARSITY_FILENAME, unfinished / whole)
         training = _training(sae, Path(folder))
@@ -140,6 +145,26 @@ def write_publication(
         card = _card(sae, repo_id, list(saes), stats, training)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return list(saes)
+
+
+def check_names(repo_id: str, sae_id: str | None = None, out: Path | None = None) -> None:
+    """Check what `write_publication` is told, before anything is loaded.
+
+    Raises:
+        ValueError: `repo_id`, `sae_id` or `out` is not accepted.
+    """
+    if not _is_repo_id(repo_id):
+        raise ValueError(
+            f"repo_id={repo_id!r} is not accepted: give owner/name, of letters, digits, '-', '_' "
+            "and '.'."
+        )
+    if sae_id is not None:
+        path = PurePosixPath(sae_id)
+        plain = sae_id == path.as_posix() and not path.is_absolute()
+        if not plain or ".." in path.parts or sae_id in (".", CARD):
+            raise ValueError(f"sae_id={sae_id!r} is not accepted: give a folder in the repository.")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists: give a new or an empty folder.")
 
 
 def _card(
@@ -155,7 +180,7 @@ def _card(
         library_name="saelens",
         tags=["sparse-autoencoder", "sae", "matryoshka", "mechanistic-interpretability"],
         base_model=_hub_name(model),
-        datasets=[dataset] if dataset and "/" in dataset and not Path(dataset).exists() else None,
+        datasets=[dataset] if dataset and _is_repo_id(dataset) else None,
     )
     measured = (
         "L0 is the mean number of active latents per token of the SAE as it is saved; a latent is "
@@ -192,15 +217,32 @@ def _hub_name(model: str | None) -> str | None:
     try:
         return get_official_model_name(model)
     except ValueError:
-        return model if "/" in model and not Path(model).exists() else None
+        return model if _is_repo_id(model) else None
+
+
+def _is_repo_id(name: str) -> bool:
+    """Whether `name` may be `owner/name` on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _without_folders(name: str | None) -> str | None:
+    """A local path's last part; every other name as it is."""
+    if name is None or not (Path(name).is_absolute() or Path(name).exists()):
+        return name
+    return Path(name).name
 
 
 def _training(sae: SAE[Any], folder: Path) -> dict[str, Any]:
     """The run's config as SAELens saved it, or else what the metadata keeps of it."""
+    metadata = sae.cfg.metadata
     if (folder / RUNNER_CFG_FILENAME).is_file():
         run = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
-        return {name: value for name, value in run.items() if name not in _PRIVATE_FIELDS}
-    metadata = sae.cfg.metadata
+        run = {name: value for name, value in run.items() if name not in _PRIVATE_FIELDS}
+        return {**run, "model_name": metadata.model_name, "dataset_path": metadata.dataset_path}
     return {
         "training_architecture": metadata.training_architecture,
         **(metadata.training_architecture_details or {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from sae_lens import JumpReLUSAE
@@ -25,7 +26,7 @@ def calibrate_threshold(
         activations: (…, d_in), or (…, n_heads, d_head) for hook_z; as `sae` takes them. The
             relative error of the resulting L0 on other activations falls as 1 / sqrt(their number):
             16,384 tokens gave less than 1 %.
-        l0: Mean number of active latents; the `k` of training where left out.
+        l0: Mean number of active latents; the `k` of training where left out, but for a level.
 
     Raises:
         ValueError: `l0` or `activations` is not accepted, or the thresholds are not BatchTopK's.
@@ -36,32 +37,37 @@ def calibrate_threshold(
             f"calibrate_threshold needs a JumpReLUSAE, which is what a BatchTopK SAE is saved as; "
             f"got {type(sae).__name__}."
         )
+    metadata = sae.cfg.metadata
     if l0 is None:
-        details = sae.cfg.metadata.training_architecture_details or {}
-        l0 = details.get("k")
+        is_level = (metadata.matryoshka_level or {}).get("d_sae", sae.cfg.d_sae) != sae.cfg.d_sae
+        l0 = None if is_level else (metadata.training_architecture_details or {}).get("k")
         if l0 is None:
             raise ValueError(
-                "l0=None is not accepted for this SAE, whose metadata holds no `k` of its "
-                "training: give the mean number of latents that are to be active."
+                "l0=None is not accepted for this SAE, because "
+                + ("it is a level" if is_level else "its metadata holds no `k` of its training")
+                + ": give the mean number of latents that are to be active."
             )
     if (
         isinstance(l0, bool)
-        or not isinstance(l0, int | float)
+        or not isinstance(l0, numbers.Real)
         or not math.isfinite(l0)
-        or not 0 < l0 <= sae.cfg.d_sae
+        or not 0 < float(l0) <= sae.cfg.d_sae
     ):
         raise ValueError(
             f"l0={l0!r} is not accepted: give a number above 0 and at most d_sae={sae.cfg.d_sae}."
         )
-    x = sae.process_sae_in(activations.to(sae.device))
-    if x.shape[-1] != sae.cfg.d_in or x.numel() == 0:
+    l0 = float(l0)
+    shape = tuple(activations.shape)
+    d_in = math.prod(shape[-2:] if sae.hook_z_reshaping_mode else shape[-1:])
+    if d_in != sae.cfg.d_in or activations.numel() == 0:
         raise ValueError(
-            f"activations of shape {tuple(activations.shape)} are not accepted: the last dimension "
-            f"is to be d_in={sae.cfg.d_in}, and none is to be 0."
+            f"activations of shape {shape} are not accepted: the last dimension, or for hook_z the "
+            f"product of the last two, is to be d_in={sae.cfg.d_in}, and none is to be 0."
         )
-    x = x.reshape(-1, sae.cfg.d_in)
-    if not x.isfinite().all():
+    if not activations.isfinite().all():
         raise ValueError("activations hold values that are not finite.")
+    x = sae.process_sae_in(activations.to(sae.device))
+    x = x.reshape(-1, sae.cfg.d_in)
     threshold = sae.threshold
     if (threshold == threshold[0]).all():
         cut = batch_threshold(x, sae.W_enc, sae.b_enc, l0)

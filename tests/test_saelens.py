@@ -193,9 +193,10 @@ def test_saved_sae_is_plain_saelens(tmp_path: Path) -> None:
     result, said = in_plain_saelens(tmp_path, batch)
     assert said == "jumprelu [8, 24, 64] False"
 
+    threshold = load_file(tmp_path / "sae_weights.safetensors")["threshold"]
     norms = sae.W_dec.norm(dim=-1)
     scores = ((batch - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms
-    expected = torch.where(scores > sae.topk_threshold, scores, 0.0)
+    expected = torch.where(scores > threshold, scores, 0.0)
     assert relative_error(result["acts"], expected) < 1e-5
     assert relative_error(result["out"], (expected / norms) @ sae.W_dec + sae.b_dec) < 1e-5
     assert (result["acts"] > 0).float().sum(-1).mean().item() == pytest.approx(4, rel=0.5)
@@ -209,9 +210,10 @@ def test_hook_z(tmp_path: Path) -> None:
     result, _ = in_plain_saelens(tmp_path / "output", batch)
     assert result["out"].shape == batch.shape
 
+    threshold = load_file(tmp_path / "output" / "sae_weights.safetensors")["threshold"]
     norms = sae.W_dec.norm(dim=-1)
     scores = ((batch.flatten(-2) - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms
-    acts = torch.where(scores > sae.topk_threshold, scores, 0.0)
+    acts = torch.where(scores > threshold, scores, 0.0)
     assert relative_error(result["acts"], acts) < 1e-5
     expected = (acts / norms) @ sae.W_dec + sae.b_dec
     assert relative_error(result["out"].flatten(-2), expected) < 1e-5

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from sae_lens_matryoshka.evals.level_stats import LevelStats
+from sae_lens_matryoshka.files import whole_file
 
 _COLUMNS = {
     "width": ("width", "d"),
@@ -73,9 +73,5 @@ def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None
         axis.minorticks_off()
         axis.margins(0.12, 0.2)
     figure.suptitle(title)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
+    with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -184,7 +184,7 @@ def _activations(
 def _chunks(sae: SAE[Any], batch: torch.Tensor) -> Iterator[torch.Tensor]:
     """The rows of a batch, as many at a time as encode in bounded memory."""
     d_in = sae.cfg.d_in
-    if batch.shape[-1] != d_in:
+    if batch.shape[-1:] != (d_in,):
         raise ValueError(
             f"activations of shape {tuple(batch.shape)} are not accepted: the last dimension is "
             f"to be d_in={d_in}."
