@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
+from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_table
+from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_note, level_table
 from sae_lens_matryoshka.evals.level_stats import (
     LevelStats,
     measure_levels,
@@ -31,6 +34,8 @@ from sae_lens_matryoshka.formats import read_pickle
 from sae_lens_matryoshka.hub import load_sae
 from sae_lens_matryoshka.levels import widths_of
 from sae_lens_matryoshka.publishing import check_names, publish, write_publication
+
+_ACTIVATION_SUFFIXES = (".npy", ".pt", ".safetensors")
 
 
 def plan_levels(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
@@ -67,12 +72,17 @@ def _levels(parsed: argparse.Namespace) -> int:
         device=parsed.device,
     )
     rows = _stats(sae, parsed)
-    print(level_table(rows))
+    print(f"{level_table(rows)}\n\n{level_note(rows, _measured_on(parsed))}")
+    name = " ".join(filter(None, (parsed.release_or_dir, parsed.sae_id)))
     if parsed.json:
+        report = {
+            "sae": name,
+            "measured_on": _measured_on(parsed),
+            "levels": [row._asdict() for row in rows],
+        }
         with whole_file(parsed.json) as unfinished:
-            unfinished.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+            unfinished.write_text(json.dumps(report, indent=2) + "\n")
     if parsed.plot:
-        name = " ".join(filter(None, (parsed.release_or_dir, parsed.sae_id)))
         draw_level_stats(parsed.plot, rows, title=name)
     return 0
 
@@ -114,6 +124,7 @@ def _publish(parsed: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "matryoshka_widths": parsed.matryoshka_widths,
         "stats": _stats(sae, parsed),
+        "measured_on": _measured_on(parsed),
         "with_levels": parsed.with_levels,
     }
     names = parsed.repo_id, parsed.sae_id
@@ -165,6 +176,15 @@ def _check_measuring(parsed: argparse.Namespace) -> None:
         raise ValueError("--model needs --dataset: the texts to run it on.")
     if parsed.activations and not parsed.activations.exists():
         raise ValueError(f"--activations={str(parsed.activations)!r} does not exist.")
+    if parsed.activations and not (
+        parsed.activations.is_dir() or parsed.activations.suffix in _ACTIVATION_SUFFIXES
+    ):
+        raise ValueError(
+            f"--activations={str(parsed.activations)!r} is not accepted: give a folder or one of "
+            f"{', '.join(_ACTIVATION_SUFFIXES)}."
+        )
+    if parsed.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device={parsed.device!r} is not accepted: PyTorch sees no CUDA here.")
     for name in ("n_batches", "batch_size_prompts"):
         if getattr(parsed, name) < 1:
             flag = name.replace("_", "-")
@@ -187,14 +207,7 @@ def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
     model_name = parsed.model or metadata.model_name
     if model_name is None:
         raise ValueError("the metadata of this SAE has no model_name: give --model.")
-    with redirect_stdout(sys.stderr):  # TransformerLens prints, and the table is to stand alone
-        model = load_model(
-            metadata.model_class_name or "HookedTransformer",
-            model_name,
-            device=parsed.device,
-            model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
-            hook_names=[metadata.hook_name],
-        )
+    model = _model(model_name, metadata.hook_name, metadata, parsed.device)
     try:
         store = ActivationsStore.from_sae(
             model,
@@ -208,6 +221,33 @@ def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
     except (DatasetsError, FileNotFoundError) as error:
         raise ValueError(f"--dataset={parsed.dataset!r} can't be read: {error}") from error
     return measure_levels_in_model(sae, model, store, parsed.n_batches)
+
+
+def _measured_on(parsed: argparse.Namespace) -> str:
+    """What the table is of, without the folders of this machine."""
+    return Path(parsed.activations).name if parsed.activations else parsed.dataset or "nothing"
+
+
+def _model(name: str, hook_name: str, metadata: SAEMetadata, device: str) -> Any:
+    try:
+        with redirect_stdout(sys.stderr):  # TransformerLens prints; the table is to stand alone
+            model = load_model(
+                metadata.model_class_name or "HookedTransformer",
+                name,
+                device=device,
+                model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+                hook_names=[hook_name],
+            )
+    except ValueError as error:
+        near = difflib.get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        reason = str(error).partition(". Valid official")[0]
+        raise ValueError(f"the model {name!r} can't be loaded: {reason}{hint}") from error
+    except OSError as error:
+        raise OSError(f"the model {name!r} can't be loaded: {error}") from error
+    if hook_name not in model.hook_dict:
+        raise ValueError(f"the model {name!r} has no hook {hook_name!r}.")
+    return model
 
 
 def _read_activations(path: Path, sae: SAE[Any]) -> Any:

@@ -33,9 +33,11 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
 )
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_matryoshka.formats import (
     FORMATS,
+    SAELENS,
     Config,
     Format,
     StateDict,
@@ -113,16 +115,11 @@ def load_sae(
 
 def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
     if not folder.is_dir():
-        known = get_pretrained_saes_directory().get(str(folder))
-        hint = _near(str(folder), _known_releases()) if known is None else _near("", known.saes_map)
+        raise ValueError(_no_folder(folder))
+    if _is_in_training(folder):
         raise ValueError(
-            f"{str(folder)!r} is not a folder. An SAE of a release or a repository needs its "
-            f"sae_id as well: load_sae(release, sae_id){hint}"
-        )
-    if (folder / TRAINER_STATE_FILENAME).exists():
-        raise ValueError(
-            f"{folder} is a checkpoint of a training that goes on, not a finished SAE. Load it "
-            "with sae_lens.TrainingSAE.load_from_disk; `levels.truncate` takes that too."
+            f"{folder} is a checkpoint of a training, not a finished SAE. Load it with "
+            "sae_lens.TrainingSAE.load_from_disk; `levels.truncate` takes that too."
         )
     for layout in FORMATS:
         if (folder / layout.config).is_file() and (folder / layout.weights).is_file():
@@ -132,6 +129,29 @@ def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
                 return SAE.load_from_disk(folder, **options, **converter)  # type: ignore[arg-type]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds no SAE: {_LAYOUTS}; found {found}.")
+
+
+def _no_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file: give its folder."
+    known = get_pretrained_saes_directory().get(str(path))
+    if known is not None:
+        return f"The release {str(path)!r} needs an SAE's id as well{_near('', known.saes_map)}"
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*beside, *_known_releases()], n=3, cutoff=0.7)
+    return f"There is no folder {str(path)!r}; to load from the Hub, give an SAE's id as well" + (
+        _near(path.name, near) if near else "."
+    )
+
+
+def _is_in_training(folder: Path) -> bool:
+    if (folder / TRAINER_STATE_FILENAME).exists():
+        return True
+    if not (folder / SAELENS.config).is_file():
+        return False
+    with _clear_errors(str(folder)):
+        architecture = read_json(folder / SAELENS.config).get("architecture")
+    return architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY
 
 
 def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:

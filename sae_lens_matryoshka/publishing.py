@@ -22,11 +22,11 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from sae_lens_matryoshka.evals.level_report import level_table
+from sae_lens_matryoshka.evals.level_report import level_note, level_table
 from sae_lens_matryoshka.evals.level_stats import LevelStats, stats_from_weights
 from sae_lens_matryoshka.files import whole_folder
 from sae_lens_matryoshka.hub import hub_error, load_sae
-from sae_lens_matryoshka.levels import levels
+from sae_lens_matryoshka.levels import levels, widths_of
 
 CARD = "README.md"
 # Where a run kept its files and its logs says nothing of the SAE, and something of its owner.
@@ -47,6 +47,7 @@ def publish(
     *,
     matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
+    measured_on: str = "its data",
     with_levels: bool = False,
     private: bool = False,
 ) -> str:
@@ -60,6 +61,7 @@ def publish(
         sae_id: The SAE's folder in the repository; the hook's name where left out.
         matryoshka_widths: As `load_sae` takes them.
         stats: What the card says of the levels; what the weights tell, where left out.
+        measured_on: What `stats` were measured on, for the card.
         with_levels: Upload each inner level as well, as an SAE of its own: `SAE_ID/level_W`.
         private: Make a new repository private.
 
@@ -80,6 +82,7 @@ def publish(
             sae_id,
             matryoshka_widths=matryoshka_widths,
             stats=stats,
+            measured_on=measured_on,
             with_levels=with_levels,
         )
         api = HfApi()
@@ -108,6 +111,7 @@ def write_publication(
     *,
     matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
+    measured_on: str = "its data",
     with_levels: bool = False,
 ) -> list[str]:
     """Write what `publish` uploads: the card, and one folder per SAE as SAELens saves it.
@@ -142,7 +146,8 @@ def write_publication(
             shutil.copy(Path(folder) / SPARSITY_FILENAME, unfinished / whole)
         training = _training(sae, Path(folder))
         (unfinished / whole / RUNNER_CFG_FILENAME).write_text(json.dumps(training, indent=2))
-        card = _card(sae, repo_id, list(saes), stats, training)
+        note = level_note(stats, measured_on)
+        card = _card(sae, repo_id, list(saes), f"{level_table(stats)}\n\n{note}", training)
         (unfinished / CARD).write_text(card, encoding="utf-8")
     return list(saes)
 
@@ -164,14 +169,14 @@ def check_names(repo_id: str, sae_id: str | None = None, out: Path | None = None
         if not plain or ".." in path.parts or sae_id in (".", CARD):
             raise ValueError(f"sae_id={sae_id!r} is not accepted: give a folder in the repository.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists: give a new or an empty folder.")
+        raise ValueError(f"{out} exists: give a new or an empty folder (--out).")
 
 
 def _card(
     sae: SAE[Any],
     repo_id: str,
     sae_ids: list[str],
-    stats: Sequence[LevelStats],
+    table: str,
     training: dict[str, Any],
 ) -> str:
     metadata = sae.cfg.metadata
@@ -182,12 +187,8 @@ def _card(
         base_model=_hub_name(model),
         datasets=[dataset] if dataset and _is_repo_id(dataset) else None,
     )
-    measured = (
-        "L0 is the mean number of active latents per token of the SAE as it is saved; a latent is "
-        "dead if no token activated it."
-        if stats[-1].l0 is not None
-        else "From the weights alone; L0 and variance explained were not measured."
-    )
+    cut = metadata.matryoshka_level
+    of = f" (the first of {cut['d_sae']} latents)" if cut and cut["d_sae"] > cut["width"] else ""
     level_ids = "".join(f'- `SAE.from_pretrained("{repo_id}", "{name}")`\n' for name in sae_ids[1:])
     template = files("sae_lens_matryoshka").joinpath("model_card.md").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -195,14 +196,13 @@ def _card(
         model=_hub_name(model) or model or "an unnamed model",
         hook_name=metadata.hook_name or "unknown",
         d_in=sae.cfg.d_in,
-        d_sae=sae.cfg.d_sae,
+        d_sae=f"{sae.cfg.d_sae}{of}",
         dataset=dataset or "unknown",
         context_size=metadata.context_size or "unknown",
-        table=level_table(stats),
-        measured=measured,
+        table=table,
         repo_id=repo_id,
         sae_id=sae_ids[0],
-        second=min(1, len(stats) - 1),
+        second=min(1, len(widths_of(sae)) - 1),
         level_ids=f"\nEach inner level is also an SAE of its own:\n\n{level_ids}"
         if level_ids
         else "",

@@ -30,8 +30,10 @@ def calibrate_threshold(
 
     Raises:
         ValueError: `l0` or `activations` is not accepted, or the thresholds are not BatchTopK's.
-        TypeError: `sae` has no threshold.
+        TypeError: `sae` has no threshold, or `activations` is no tensor.
     """
+    if not isinstance(activations, torch.Tensor):
+        raise TypeError(f"activations must be a torch.Tensor; got {type(activations).__name__}.")
     if not isinstance(sae, JumpReLUSAE):
         raise TypeError(
             f"calibrate_threshold needs a JumpReLUSAE, which is what a BatchTopK SAE is saved as; "

@@ -141,7 +141,7 @@ def test_levels_from_weights(weights: Weights, hub: LoopbackHub, capsys: Capture
     for words in ("sae", "plain --matryoshka-widths 3,8,20 --json a.json", f"{REPO} some/id"):
         assert cli.main(["levels", *words.split()]) == 0
         assert table_in(capsys.readouterr().out) == expected
-    rows = json.loads(Path("a.json").read_text())
+    rows = json.loads(Path("a.json").read_text())["levels"]
     assert [row["width"] for row in rows] == WIDTHS
     assert [row["decoder_norm"] for row in rows] == [row["decoder norm"] for row in expected]
     assert [row["l0"] for row in rows] == [None] * 3
@@ -159,7 +159,7 @@ def test_levels_on_a_file(weights: Weights, capsys: Capture, name: str) -> None:
         torch.save(x if name == "x.pt" else {"any name": x}, name)
     words = ["--activations", name, "--json", "rows.json", "--plot", "levels.png"]
     assert cli.main(["levels", "sae", *words]) == 0
-    rows = json.loads(Path("rows.json").read_text())
+    rows = json.loads(Path("rows.json").read_text())["levels"]
     is_measured_on(x.reshape(-1, D_MODEL), weights, rows)
     for printed, row in zip(table_in(capsys.readouterr().out), rows, strict=True):
         assert printed["L0"] == pytest.approx(row["l0"], abs=0.0051)
@@ -194,7 +194,7 @@ def test_levels_on_cached_activations(
     assert len(x) == 256
     words = ["--activations", "cached", "--json", "rows.json"]
     assert cli.main(["levels", "sae", *words]) == 0
-    is_measured_on(x, weights, json.loads(Path("rows.json").read_text()))
+    is_measured_on(x, weights, json.loads(Path("rows.json").read_text())["levels"])
     save_sae(Path("sae"), hook_name="blocks.0.hook_resid_pre")
     telling = "cached holds no activations of blocks.0.hook_resid_pre."
     assert telling in refusal(capsys, "levels", "sae", *words)
@@ -236,7 +236,7 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
     printed = subprocess.run(
         command, cwd=tmp_path, env=os.environ | more | HERE, stdout=-1, text=True, check=True
     ).stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads((tmp_path / "rows.json").read_text())["levels"]
     x = torch.from_numpy(np.load(tmp_path / "x.npy"))
     assert x.shape == (8, 64, 128)
     for width, row, shown in zip(WIDTHS, rows, table_in(printed), strict=True):
@@ -250,7 +250,7 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "levels none": "'none' is not a folder",
+    "levels none": "There is no folder 'none'",
     "levels bad": "bad holds no SAE",
     "levels plain": "--matryoshka-widths",
     "levels plain --matryoshka-widths a,b": "argument --matryoshka-widths: invalid",
@@ -262,18 +262,18 @@ WRONG = {
     "levels sae --activations none.npy": "--activations='none.npy' does not exist.",
     "levels sae --activations bad/x.npy": "bad/x.npy can't be read",
     "levels sae --activations two.pt": "two.pt holds 2 tensors: give one of activations.",
-    "levels sae --activations wide.npy": "activations of shape (4, 17) are not accepted",
-    "levels sae --activations scalar.npy": "activations of shape () are not accepted",
+    "levels sae --activations wide.npy": "activations of shape (4, 17) and",
+    "levels sae --activations scalar.npy": "activations of shape () and",
     "levels sae --activations nan.npy": "activations hold values that are not finite.",
     "levels sae --activations empty.npy": "there are no activations to measure the levels on.",
     "levels sae --activations bad": "bad",
     "levels sae --dataset t": "the metadata of this SAE has no context_size",
     "levels sae --n-batches 0": "--n-batches=0 is not accepted: give 1 or more.",
     "levels sae --batch-size-prompts -1": "--batch-size-prompts=-1 is not accepted",
-    "publish none ann/saes": "'none' is not a folder",
+    "publish none ann/saes": "There is no folder 'none'",
     "publish sae saes --dry-run": "repo_id='saes' is not accepted: give owner/name",
     "publish sae ann/saes --out o": "--out goes with --dry-run",
-    "publish sae ann/saes --dry-run --out bad": "bad exists: give a new or an empty folder.",
+    "publish sae ann/saes --dry-run --out bad": "bad exists: give a new or an empty",
     "publish sae ann/saes --dry-run --sae-id ../x": "sae_id='../x' is not accepted",
 }
 

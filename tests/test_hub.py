@@ -504,16 +504,16 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
         ({}, "holds no SAE: accepted: cfg.json with"),
         ({}, "found nothing"),
         ({"README.md": b"", "ae.pt": b""}, "found README.md, ae.pt"),
-        ({**SAELENS_6, "trainer_state.pt": b""}, "checkpoint of a training that goes on"),
+        ({**SAELENS_6, "trainer_state.pt": b""}, "checkpoint of a training, not"),
         ({**GEMMA_SCOPE_2, "config.json": transcoder}, "'model.layers.12.mlp.input' is not accept"),
     ):
         folder = placed(files, tmp_path / said[:8])
         with pytest.raises(ValueError, match=re.escape(said)):
             load_sae(folder)
     for folder, said in (
-        (tmp_path / "missing", "missing' is not a folder"),
-        (placed({"file": b""}, tmp_path / "with_file") / "file", "file' is not a folder"),
-        (CHANIND_RELEASE, f"needs its sae_id as well.*'{CHANIND_ID}'"),
+        (tmp_path / "missing", "There is no folder '.*missing'; to load from the Hub"),
+        (placed({"file": b""}, tmp_path / "with_file") / "file", "file is a file: give its folder"),
+        (CHANIND_RELEASE, f"needs an SAE's id as well.*'{CHANIND_ID}'"),
     ):
         with pytest.raises(ValueError, match=said):
             load_sae(folder)

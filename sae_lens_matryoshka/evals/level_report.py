@@ -42,28 +42,52 @@ def level_table(rows: Sequence[LevelStats]) -> str:
     return "\n".join(lines)
 
 
+def level_note(rows: Sequence[LevelStats], data: str) -> str:
+    """A sentence on what the levels were measured on, to stand below the table.
+
+    Args:
+        rows: What `level_table` shows.
+        data: What the activations are of.
+    """
+    last = rows[-1]
+    if last.n_tokens is None:
+        return "From the weights alone; L0 and variance explained were not measured."
+    error = "" if last.l0_error is None else f", ± {last.l0_error:.2g} for the whole SAE"
+    return (
+        f"Measured on {last.n_tokens:,} tokens of {data}. L0 is the mean number of active latents "
+        f"per token of the SAE as it is saved{error} (standard error); a latent is dead if none of "
+        "these tokens activated it."
+    )
+
+
 def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None:
-    """Draw L0 and variance explained against width; the file appears only when it is whole.
+    """Draw what was measured of the levels against their width, to a file that is whole or absent.
 
     Args:
         path: PNG, PDF or SVG file to write.
         rows: Levels that were measured on activations.
         title: Of the figure: which SAE it is.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
+    curves = [
+        (name, label, spec)
+        for name, label, spec in (
+            ("l0", "L0", ".2f"),
+            ("explained_variance", "variance explained", ".3f"),
+            ("ce_recovered", "CE loss recovered", ".3f"),
+        )
+        if getattr(rows[-1], name) is not None
+    ]
+    figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
     widths = [row.width for row in rows]
-    for axis, name, label in (
-        (axes[0], "l0", "L0"),
-        (axes[1], "explained_variance", "variance explained"),
-    ):
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (name, label, spec) in zip(axes, curves, strict=True):
         values = [getattr(row, name) for row in rows]
         axis.plot(widths, values, "o-", color="tab:orange")
         for width, value in zip(widths, values, strict=True):
             axis.annotate(
-                f"{value:.3g}",
+                format(value, spec),
                 (width, value),
-                xytext=(0, 7),
+                xytext=(0, -14),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,

@@ -10,15 +10,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import SAE, ActivationsStore, run_evals
+from sae_lens import SAE, ActivationsStore, TopKSAE, run_evals
 from sae_lens.evals import EvalConfig, ExplainedVarianceCalculator
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import cosine_similarities, get_special_token_ids
 from tqdm.auto import tqdm
 
-from sae_lens_matryoshka.levels import decode_levels, levels, truncate, widths_of
+from sae_lens_matryoshka.levels import decode_levels, levels, widths_of
 
 _CHUNK_ELEMENTS = 2**25
+_N_CHUNKS = 16  # of activations in one tensor, to see how L0 differs between them
 
 
 class LevelStats(NamedTuple):
@@ -33,6 +34,8 @@ class LevelStats(NamedTuple):
         l0: Mean number of active latents per activation, as the saved SAE encodes.
         explained_variance: 1 − E‖x − x̂‖² / E‖x − E x‖², as SAELens defines it.
         n_dead: Latents that were active on none of the activations measured.
+        l0_error: Standard error of `l0`, over the batches.
+        n_tokens: Activations that `l0` and `n_dead` were counted on.
         ce_recovered: Share of the model's next-token loss that is kept with the reconstruction in
             place of the activation; 0 is zero ablation, 1 the model as it is (SAELens'
             `ce_loss_score`).
@@ -46,6 +49,8 @@ class LevelStats(NamedTuple):
     explained_variance: float | None = None
     n_dead: int | None = None
     ce_recovered: float | None = None
+    l0_error: float | None = None
+    n_tokens: int | None = None
 
 
 @torch.no_grad()
@@ -76,7 +81,7 @@ def measure_levels(
 ) -> list[LevelStats]:
     """The levels of an SAE, measured on activations: L0, variance explained, dead latents.
 
-    A level's codes are the first of those of the whole SAE.
+    Each level is measured as `levels` returns it, as an SAE of its own.
 
     Args:
         sae: An SAE whose widths are known.
@@ -84,33 +89,44 @@ def measure_levels(
         n_batches: How many there are, for the progress bar.
 
     Raises:
-        ValueError: the widths of `sae` are not known, or the activations are empty, not finite or
-            of another dimension.
+        ValueError: the widths of `sae` are not known, or the activations are empty, not finite, not
+            of floating point or of another dimension.
     """
     rows = stats_from_weights(sae)
-    widths = [row.width for row in rows]
-    sae = truncate(sae, sae.cfg.d_sae)
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    n_tokens = 0
-    firings = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
-    variances = [ExplainedVarianceCalculator() for _ in widths]
-    batches = [batches] if isinstance(batches, torch.Tensor) else batches
+    nested = levels(sae)
+    for level in nested:
+        level.turn_off_forward_pass_hook_z_reshaping()
+    firings = [torch.zeros(row.width, dtype=torch.int64, device=sae.device) for row in rows]
+    variances = [ExplainedVarianceCalculator() for _ in rows]
+    n_tokens: list[int] = []  # of each batch, as n_active: (batches, P)
+    n_active: list[list[int]] = []
+    if isinstance(batches, torch.Tensor):
+        _check(batches, sae.cfg.d_in)
+        batches = batches.flatten(0, -2).chunk(_N_CHUNKS)
     for batch in tqdm(batches, desc="Measuring levels", total=n_batches, leave=False):
+        before = [int(counts.sum()) for counts in firings]
         for x in _chunks(sae, batch):
-            acts = sae.encode(x).to_dense()
-            firings += (acts != 0).sum(0)
-            for variance, reconstruction in zip(variances, decode_levels(sae, acts), strict=True):
-                variance.add_batch(reconstruction, x)
-            n_tokens += len(x)
-    if n_tokens == 0:
+            for p, (acts, reconstruction) in enumerate(_encoded(nested, x)):
+                firings[p] += (acts != 0).sum(0)
+                variances[p].add_batch(reconstruction, x)
+        n_tokens.append(batch[..., 0].numel())
+        counts = [int(counts.sum()) for counts in firings]
+        n_active.append([now - then for now, then in zip(counts, before, strict=True)])
+    if sum(n_tokens) == 0:
         raise ValueError("there are no activations to measure the levels on.")
+    l0s = torch.tensor(n_active).sum(0) / sum(n_tokens)
+    errors = _standard_errors(torch.tensor(n_active), torch.tensor(n_tokens))
     return [
         row._replace(
-            l0=firings[: row.width].sum().item() / n_tokens,
+            l0=l0.item(),
+            l0_error=error,
+            n_tokens=sum(n_tokens),
             explained_variance=variance.compute(),
-            n_dead=int((firings[: row.width] == 0).sum()),
+            n_dead=int((counts == 0).sum()),
         )
-        for row, variance in zip(rows, variances, strict=True)
+        for row, l0, error, variance, counts in zip(
+            rows, l0s, errors, variances, firings, strict=True
+        )
     ]
 
 
@@ -181,17 +197,43 @@ def _activations(
         yield store.get_activations(tokens)[kept.to(store.device)]
 
 
-def _chunks(sae: SAE[Any], batch: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows of a batch, as many at a time as encode in bounded memory."""
-    d_in = sae.cfg.d_in
-    if batch.shape[-1:] != (d_in,):
+def _encoded(
+    nested: list[SAE[Any]], x: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Codes and reconstruction of each level."""
+    if isinstance(nested[-1], TopKSAE):  # whose levels choose anew among the latents they have
+        for level in nested:
+            acts = level.encode(x).to_dense()
+            yield acts, level.decode(acts)
+    else:
+        acts = nested[-1].encode(x)
+        for level, reconstruction in zip(nested, decode_levels(nested[-1], acts), strict=True):
+            yield acts[:, : level.cfg.d_sae], reconstruction
+
+
+def _standard_errors(n_active: torch.Tensor, n_tokens: torch.Tensor) -> list[float | None]:
+    """Of each level's L0, from how it differs between batches; None from fewer than two."""
+    kept = n_tokens > 0
+    l0s = n_active[kept] / n_tokens[kept, None]
+    if len(l0s) < 2:
+        return [None] * n_active.shape[1]
+    return (l0s.std(0) / len(l0s) ** 0.5).tolist()
+
+
+def _check(batch: torch.Tensor, d_in: int) -> None:
+    if batch.ndim < 2 or batch.shape[-1] != d_in or not batch.is_floating_point():
         raise ValueError(
-            f"activations of shape {tuple(batch.shape)} are not accepted: the last dimension is "
-            f"to be d_in={d_in}."
+            f"activations of shape {tuple(batch.shape)} and {batch.dtype} are not accepted: give "
+            f"floating-point numbers, of two dimensions or more, the last of them d_in={d_in}."
         )
     if not batch.isfinite().all():
         raise ValueError("activations hold values that are not finite.")
-    rows = batch.reshape(-1, d_in)
+
+
+def _chunks(sae: SAE[Any], batch: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a batch, as many at a time as encode in bounded memory."""
+    _check(batch, sae.cfg.d_in)
+    rows = batch.reshape(-1, sae.cfg.d_in)
     if len(rows):
         for x in rows.split(max(1, _CHUNK_ELEMENTS // sae.cfg.d_sae)):
             yield x.to(sae.device, sae.dtype)
