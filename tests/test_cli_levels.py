@@ -28,7 +28,7 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_matryoshka import cli, load_sae
+from sae_lens_matryoshka import cli, cli_levels, load_sae
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.levels import set_widths, widths_of
 from tests.loopback_hub import LoopbackHub
@@ -247,6 +247,18 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
         assert shown["CE loss recovered"] == pytest.approx(row["ce_recovered"], abs=0.00051)
         assert shown["L0"] == pytest.approx(row["l0"], abs=0.0051)
     assert image.imread(tmp_path / "a.png").std() > 0.05
+
+
+def test_unknown_model_and_hook(tmp_path: Path, capsys: Capture) -> None:
+    sae = tmp_path / "sae"
+    save_sae(sae, hook_name="blocks.0.hook_x", context_size=8, prepend_bos=True)
+    said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gtp2")
+    assert "the model 'gtp2' can't be loaded: gtp2 not found; did you mean gpt2" in said
+    small = tiny_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_levels, "load_model", lambda *_, **__: small)
+        said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gpt2")
+    assert "the model 'gpt2' has no hook 'blocks.0.hook_x'" in said
 
 
 WRONG = {

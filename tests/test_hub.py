@@ -23,6 +23,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from sae_lens import SAE, JumpReLUSAE
 
+from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.hub import load_sae
 from sae_lens_matryoshka.levels import decode_levels, levels, truncate, widths_of
 from tests import checkpoints as made
@@ -517,6 +518,14 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             load_sae(folder)
+
+
+def test_sae_in_training_is_not_a_finished_one(tmp_path: Path) -> None:
+    """Saved without a trainer's state, it is told by its architecture."""
+    cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3)
+    MatryoshkaTrainingSAE(cfg).save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint of a training.*TrainingSAE\.load_from_disk"):
+        load_sae(tmp_path)
 
 
 def test_widths_that_do_not_fit(load: Load, hub: LoopbackHub, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens import ActivationsStore, JumpReLUSAE, JumpReLUSAEConfig, run_evals
+from sae_lens import (
+    ActivationsStore,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+    run_evals,
+)
 from sae_lens.evals import EvalConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -19,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sae_lens_matryoshka.evals import level_stats
-from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_table
+from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_note, level_table
 from sae_lens_matryoshka.evals.level_stats import (
     LevelStats,
     measure_levels,
@@ -86,6 +94,32 @@ def test_activations(chunk: int, splits: int) -> None:
         assert row.n_dead == 0 or row.width > 4
 
 
+def test_topk_levels_choose_among_their_own_latents() -> None:
+    """What is measured is each level as it is saved, which for TopK is no prefix of the whole."""
+    sae = TopKSAE(TopKSAEConfig(d_in=5, d_sae=12, k=3))
+    with torch.no_grad():
+        sae.b_enc.fill_(5.0)  # every latent would fire
+    set_widths(sae, [2, 6, 12])
+    x = torch.randn(40, 5)
+    rows = measure_levels(sae, x)
+    assert [row.l0 for row in rows] == [2, 3, 3]
+    for row, level in zip(rows, levels(sae), strict=True):
+        explained = 1 - (level(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        assert row.explained_variance == pytest.approx(explained.item(), rel=1e-5)
+
+
+def test_standard_error_is_over_batches() -> None:
+    sae = jumprelu(5, [2, 11])
+    batches = torch.randn(90, 5, generator=torch.Generator().manual_seed(2)).split([20, 30, 40])
+    rows = measure_levels(sae, iter(batches))
+    for row in rows:
+        l0s = [(sae.encode(x)[:, : row.width] > 0).sum().item() / len(x) for x in batches]
+        assert row.l0_error == pytest.approx(statistics.stdev(l0s) / 3**0.5, rel=1e-5)
+        assert row.n_tokens == 90
+    (single,) = measure_levels(jumprelu(5, [4]), iter(batches[:1]))
+    assert (single.l0_error, single.n_tokens) == (None, 20)
+
+
 def test_hook_z_takes_flat_activations() -> None:
     metadata = SAEMetadata(hook_name="blocks.0.attn.hook_z")
     sae = jumprelu(6, [3, 8], reshape_activations="hook_z", metadata=metadata)
@@ -102,6 +136,8 @@ def test_hook_z_takes_flat_activations() -> None:
         (torch.randn(4, 7), r"shape \(4, 7\).* d_in=5"),
         (torch.full((4, 5), torch.nan), "not finite"),
         (torch.randn(0, 5), "no activations"),
+        (torch.randn(5), r"shape \(5,\).* two dimensions"),
+        (torch.ones(4, 5, dtype=torch.int64), "torch.int64 are not accepted"),
     ],
 )
 def test_activations_that_are_not_accepted(activations: torch.Tensor, telling: str) -> None:
@@ -184,6 +220,14 @@ def test_table_shows_what_was_measured() -> None:
         "| 1 | 1 |  | 0.500 |",
         "| 8 | 7 | 0.750 | 1.000 |",
     ]
+
+
+def test_note_says_what_was_measured() -> None:
+    measured = ROWS[1]._replace(n_tokens=20480, l0_error=0.123)
+    note = level_note([ROWS[0], measured], "held_out")
+    assert note.startswith("Measured on 20,480 tokens of held_out. L0 is")
+    assert "± 0.12 for the whole SAE" in note
+    assert level_note(ROWS, "nothing").startswith("From the weights alone")
 
 
 def test_plot_replaces_a_file_only_when_it_is_whole(tmp_path: Path) -> None:
