@@ -98,7 +98,8 @@ def test_topk_levels_choose_among_their_own_latents() -> None:
     """What is measured is each level as it is saved, which for TopK is no prefix of the whole."""
     sae = TopKSAE(TopKSAEConfig(d_in=5, d_sae=12, k=3))
     with torch.no_grad():
-        sae.b_enc.fill_(5.0)  # every latent would fire
+        sae.b_enc.fill_(5.0)  # every latent would fire,
+        sae.W_enc.mul_(0.01)  # whatever the activation
     set_widths(sae, [2, 6, 12])
     x = torch.randn(40, 5)
     rows = measure_levels(sae, x)
