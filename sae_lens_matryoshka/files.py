@@ -15,6 +15,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     What was at `path` before stays there until then, and for good where the block fails.
     """
+    path = path.resolve()  # behind a link, what it leads to is replaced, and the link stays
     unfinished = path.with_name(f".{path.name}.unfinished")
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -33,6 +34,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """As `whole_folder`, of a file: a path to write to, with the suffix of `path`."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe, which nothing may replace
+        yield path
+        return
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
         yield unfinished

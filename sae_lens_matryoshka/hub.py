@@ -305,23 +305,25 @@ def _clear_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
         raise ValueError(f"{where} can't be read: {reason or type(error).__name__}.") from error
 
 
-def hub_error(where: str, error: BaseException) -> OSError:
-    """The built-in error for a request to the Hub that failed: a `PermissionError` where a token
-    would help, else a `ConnectionError`."""
+def hub_error(where: str, error: BaseException) -> OSError | ValueError:
+    """The built-in error for a request to the Hub that failed: `PermissionError` where a token
+    would help, `ValueError` where the Hub takes no such request, else `ConnectionError`."""
     status = None
     cause: BaseException | None = error
     while cause is not None and status is None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         cause = cause.__cause__
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     if status in (401, 403):
         return PermissionError(
             f"The Hub refused {where} (status {status}): log in with `hf auth login`, or set "
             "HF_TOKEN to a token that has access."
         )
-    if status is not None:
-        return ConnectionError(f"The Hub failed for {where} (status {status}).")
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ConnectionError(f"The Hub can't be reached for {where}: {reason}")
+    if status is None:
+        return ConnectionError(f"The Hub can't be reached for {where}: {reason}")
+    if status in (400, 409, 413, 422):
+        return ValueError(f"The Hub does not accept this for {where} (status {status}): {reason}")
+    return ConnectionError(f"The Hub failed for {where} (status {status}): {reason}")
 
 
 def _ids_in(repo_id: str) -> list[str]:

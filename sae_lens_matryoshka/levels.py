@@ -57,13 +57,20 @@ def set_widths(sae: SAE[Any], widths: Sequence[int], **details: Any) -> None:
     """Write level widths, and other `details` of the training, into the metadata of an SAE.
 
     Raises:
-        ValueError: the widths are not strictly increasing integers from 1 to d_sae.
+        ValueError: the widths are not strictly increasing integers from 1 to d_sae, or `sae` is in
+            training with others.
     """
+    resolved = resolve_widths(widths, sae.cfg.d_sae)
+    if getattr(sae.cfg, "matryoshka_widths", resolved) != resolved:
+        raise ValueError(
+            f"widths={resolved} are not accepted: {type(sae).__name__} is in training with "
+            f"cfg.matryoshka_widths={sae.cfg.matryoshka_widths}."
+        )
     metadata = sae.cfg.metadata
     metadata.training_architecture_details = {
         **(metadata.training_architecture_details or {}),
         **details,
-        "matryoshka_widths": resolve_widths(widths, sae.cfg.d_sae),
+        "matryoshka_widths": resolved,
     }
 
 

@@ -11,13 +11,13 @@ from pathlib import Path, PurePosixPath
 from string import Template
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the library it is built on
 )
 from huggingface_hub.utils import validate_repo_id
-from sae_lens import SAE, upload_saes_to_huggingface
+from sae_lens import SAE, TopKSAE, upload_saes_to_huggingface
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
@@ -53,7 +53,8 @@ def publish(
 ) -> str:
     """Upload an SAE to the Hub with SAELens' uploader, and a model card beside it.
 
-    A card that the repository has already is kept; the new one is then put beside the weights.
+    A card that the repository has already is kept, unless it is of this SAE; the new one is then
+    put beside the weights.
 
     Args:
         folder: An SAE as `load_sae` takes it.
@@ -91,7 +92,10 @@ def publish(
             upload_saes_to_huggingface(
                 {sae_id: out / sae_id for sae_id in sae_ids}, repo_id, add_default_readme=False
             )
-            card = f"{sae_ids[0]}/{CARD}" if api.file_exists(repo_id, CARD) else CARD
+            is_foreign = api.file_exists(repo_id, CARD) and _loading(repo_id, sae_ids[0]) not in (
+                Path(hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8")
+            )
+            card = f"{sae_ids[0]}/{CARD}" if is_foreign else CARD
             api.upload_file(
                 path_or_fileobj=out / CARD,
                 path_in_repo=card,
@@ -181,15 +185,18 @@ def _card(
 ) -> str:
     metadata = sae.cfg.metadata
     model, dataset = metadata.model_name, metadata.dataset_path
+    is_published = dataset and _is_repo_id(dataset) and not Path(dataset).exists()
     front_matter = ModelCardData(
         library_name="saelens",
         tags=["sparse-autoencoder", "sae", "matryoshka", "mechanistic-interpretability"],
         base_model=_hub_name(model),
-        datasets=[dataset] if dataset and _is_repo_id(dataset) else None,
+        datasets=[dataset] if is_published else None,
     )
     cut = metadata.matryoshka_level
     of = f" (the first of {cut['d_sae']} latents)" if cut and cut["d_sae"] > cut["width"] else ""
-    level_ids = "".join(f'- `SAE.from_pretrained("{repo_id}", "{name}")`\n' for name in sae_ids[1:])
+    level_ids = "".join(f"- `{_loading(repo_id, name)}`\n" for name in sae_ids[1:])
+    # The levels of a TopK SAE choose anew among their latents.
+    prefixes = ", where the first `w` latents are the level of width `w`"
     template = files("sae_lens_matryoshka").joinpath("model_card.md").read_text(encoding="utf-8")
     return Template(template).substitute(
         front_matter=front_matter.to_yaml(),
@@ -200,6 +207,8 @@ def _card(
         dataset=dataset or "unknown",
         context_size=metadata.context_size or "unknown",
         table=table,
+        prefixes="" if isinstance(sae, TopKSAE) else prefixes,
+        loading=_loading(repo_id, sae_ids[0]),
         repo_id=repo_id,
         sae_id=sae_ids[0],
         second=min(1, len(widths_of(sae)) - 1),
@@ -230,10 +239,15 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _without_folders(name: str | None) -> str | None:
-    """A local path's last part; every other name as it is."""
-    if name is None or not (Path(name).is_absolute() or Path(name).exists()):
+    """A path's last part; a name, or `owner/name`, as it is."""
+    if name is None or "/" not in name or _is_repo_id(name):
         return name
     return Path(name).name
+
+
+def _loading(repo_id: str, sae_id: str) -> str:
+    """How plain SAELens loads it."""
+    return f'SAE.from_pretrained("{repo_id}", "{sae_id}")'
 
 
 def _training(sae: SAE[Any], folder: Path) -> dict[str, Any]:

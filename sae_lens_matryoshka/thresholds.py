@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
-from sae_lens import JumpReLUSAE
+from sae_lens import SAE, JumpReLUSAE
 
-_CHUNK_ELEMENTS = 2**25  # of the scores that are in memory at once
+_CHUNK_ELEMENTS = 2**24  # of the scores that are in memory at once
+# What SAELens remembers of the last input, to undo its normalisation.
+_INPUT_STATE = ("ln_mu", "ln_std", "x_norm_coeff", "d_head")
 
 
 @torch.no_grad()
@@ -68,8 +71,7 @@ def calibrate_threshold(
         )
     if not activations.isfinite().all():
         raise ValueError("activations hold values that are not finite.")
-    x = sae.process_sae_in(activations.to(sae.device))
-    x = x.reshape(-1, sae.cfg.d_in)
+    x = encoder_input(sae, activations).reshape(-1, sae.cfg.d_in)
     threshold = sae.threshold
     if (threshold == threshold[0]).all():
         cut = batch_threshold(x, sae.W_enc, sae.b_enc, l0)
@@ -108,20 +110,37 @@ def batch_threshold(
     n_keep = int(l0 * len(x))
     floor = None
     while True:
-        candidates = []
+        found = x.new_empty(0, dtype=W_enc.dtype)
         for rows in x.split(n_rows):
             scores = rows @ W_enc + b_enc
             scores = (scores if scales is None else scores * scales).relu_().flatten()
             if floor is None:  # a guess from the first chunk, which costs time where it is wrong
                 n_likely = min(int(l0 * len(rows)) + 1, len(scores))
                 floor = torch.topk(scores, n_likely).values[-1].item() / 2
-            candidates.append(scores[scores > floor])
-        found = torch.cat(candidates)
+            found = torch.cat([found, scores[scores > floor]])
+            if len(found) > 2 * n_keep + 1:
+                found = torch.topk(found, n_keep + 1).values
+                floor = found[-1].item()
         if len(found) > n_keep:
             return torch.topk(found, n_keep + 1).values[-1].item()
         if floor == 0:
             return 0.0
         floor = 0.0
+
+
+def encoder_input(sae: SAE[Any], activations: torch.Tensor) -> torch.Tensor:
+    """What `sae` multiplies with W_enc, as `process_sae_in`, without a trace: no hook fires, and
+    `decode` still undoes the normalisation of the input before.
+    """
+    before = {name: vars(sae)[name] for name in _INPUT_STATE if name in vars(sae)}
+    reshape = sae.reshape_fn_in
+    x = sae.reshape_fn_in(activations.to(sae.device, sae.dtype))
+    x = sae.run_time_activation_norm_fn_in(x)
+    sae.reshape_fn_in = reshape
+    for name in _INPUT_STATE:
+        vars(sae).pop(name, None)
+    vars(sae).update(before)
+    return x - sae.b_dec * sae.cfg.apply_b_dec_to_input
 
 
 class ActivationSample:
@@ -139,6 +158,7 @@ class ActivationSample:
         self._rows: torch.Tensor | None = None
         self._n_filled = 0
         self._oldest = 0
+        self._offset = 0
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -157,8 +177,10 @@ class ActivationSample:
             new = batch[: size - start]
             self._n_filled += len(new)
         else:
-            start = self._oldest
-            new = batch[: min(self.N_REFRESHED, size - start)]
+            # Spread over the batch, from another row each time: it may be texts in their order.
+            stride = max(1, len(batch) // self.N_REFRESHED)
+            start, self._offset = self._oldest, (self._offset + 1) % stride
+            new = batch[self._offset :: stride][: min(self.N_REFRESHED, size - start)]
             self._oldest = (start + len(new)) % size
         self._rows[start : start + len(new)] = new
 

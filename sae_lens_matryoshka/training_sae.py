@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from sae_lens_matryoshka.objective import (
     reference_reconstructions,
 )
 from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes, select
-from sae_lens_matryoshka.thresholds import ActivationSample, batch_threshold
+from sae_lens_matryoshka.thresholds import ActivationSample, batch_threshold, encoder_input
 
 _SPARSE_DEVICES = ("cpu", "cuda")
 
@@ -53,7 +54,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
     `topk_threshold` moves as SAELens' does. What is saved for inference is calibrated anew, with
     the trained weights, on a sample of the run's activations: SAELens' moving average starts at 0
-    and lags behind the weights.
+    and lags behind the weights. The sample is in no checkpoint; a resumed run gathers it anew.
     """
 
     cfg: MatryoshkaTrainingSAEConfig  # type: ignore[assignment]
@@ -83,8 +84,16 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     @torch.no_grad()
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
-        if self._sample.rows is not None:
-            x = self.process_sae_in(self._sample.rows.to(self.device))
+        if self._sample.rows is None:
+            if self.topk_threshold > 0:
+                warnings.warn(
+                    "This SAE has seen no activation since it was loaded, so what is saved has "
+                    "SAELens' moving average as its threshold; sae_lens_matryoshka."
+                    "calibrate_threshold sets it from activations.",
+                    stacklevel=3,
+                )
+        else:
+            x = encoder_input(self, self._sample.rows)
             cut = batch_threshold(x, state_dict["W_enc"], state_dict["b_enc"], self.cfg.k)
             state_dict["threshold"] = torch.full_like(state_dict["threshold"], cut)
 

@@ -17,7 +17,7 @@ from sae_lens.evals import EvalConfig
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.levels import decode_levels, levels, set_widths, truncate, widths_of
 from tests.steps import dense, relative_error
 from tests.tiny import D_MODEL, runner_config, tiny_model, token_dataset
@@ -349,3 +349,11 @@ def test_levels_and_decoding_all_of_them(
         level.encode(activations(level, *shape))  # for what decoding undoes: the norms, the heads
         expected = level.decode(dense(acts)[..., :width]).reshape(x.shape)
         assert relative_error(reconstruction, expected) < 1e-11
+
+
+def test_widths_of_a_training_sae_are_its_config() -> None:
+    cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3, matryoshka_widths=[5, 20])
+    sae = MatryoshkaTrainingSAE(cfg)
+    set_widths(sae, [5, 20])
+    with pytest.raises(ValueError, match=r"widths=\[3, 20\] .* cfg.matryoshka_widths=\[5, 20\]"):
+        set_widths(sae, [3, 20])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, load_sae
 from sae_lens_matryoshka.evals.level_stats import LevelStats
-from sae_lens_matryoshka.files import whole_folder
+from sae_lens_matryoshka.files import whole_file, whole_folder
 from sae_lens_matryoshka.levels import widths_of
 from sae_lens_matryoshka.publishing import publish, write_publication
 from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
@@ -176,6 +177,15 @@ def test_second_sae_leaves_the_first_and_the_card(
     assert set(both) - set(first) == {f"a/second/{name}" for name in {*SAE_FILES, "README.md"}}
     assert f'load_sae("{REPO}", "a/second")' in both["a/second/README.md"].decode()
     assert widths_of(load_sae(REPO, "a/second")) == WIDTHS
+
+
+def test_publishing_again_renews_its_own_card(ann: LoopbackHub, run: Path) -> None:
+    assert publish(run, REPO, "a/first") == "README.md"
+    stats = [LevelStats(32, 32, 0.5, 1.0, 4.0, 0.75, 3, n_tokens=4096)]
+    assert publish(run, REPO, "a/first", stats=stats, measured_on="news") == "README.md"
+    card = ann.files(REPO)["README.md"].decode()
+    assert "Measured on 4,096 tokens of news." in card
+    assert "a/first/README.md" not in ann.files(REPO)
 
 
 def test_card(ann: LoopbackHub, run: Path) -> None:
@@ -347,3 +357,25 @@ def test_whole_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
             (unfinished / name).write_text(name)
         assert [file.name for file in path.iterdir()] == [name]
         assert list(path.parent.iterdir()) == [path]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("real")
+    for text in ("first", "second"):
+        with whole_folder(link) as unfinished:
+            (unfinished / "file").write_text(text)
+        assert (tmp_path / "real" / "file").read_text() == text
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "to_file").symlink_to("target")
+    with whole_file(tmp_path / "to_file") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "target").read_text() == "new"
+    os.mkfifo(pipe)
+    with whole_file(pipe) as unfinished:
+        assert unfinished == pipe
+    assert link.is_symlink()
+    assert (tmp_path / "to_file").is_symlink()
+    assert pipe.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 5

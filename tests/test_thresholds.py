@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAEConfig, TrainingSAE
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig, thresholds
 from sae_lens_matryoshka.levels import truncate
@@ -253,3 +253,40 @@ def test_without_a_batch_the_threshold_is_saelens(tmp_path: Path) -> None:
     run_step(sae, x, None)
     sae.save_inference_model(tmp_path / "seen")
     assert counts(SAE.load_from_disk(tmp_path / "seen"), x).sum() == 3.5 * 40
+
+
+def test_sample_of_texts_in_their_order_holds_every_position() -> None:
+    """Without mixing, row i of every batch is position i of a text."""
+    sample = ActivationSample()
+    positions = torch.arange(1024) % 128
+    for _ in range(32 + 1024):
+        sample.add(positions[:, None].float())
+    assert sample.rows is not None
+    counts = torch.bincount(sample.rows[:, 0].long(), minlength=128)
+    assert counts.sum() == ActivationSample.MAX_ROWS
+    assert counts.float().std() < 0.2 * counts.float().mean()
+
+
+def test_saving_leaves_no_trace_on_the_sae() -> None:
+    """Between an encode and its decode, and with a hook: the sample is no input of the user's."""
+    options: dict[str, Any] = {"normalize_activations": "layer_norm", "aux_loss_coefficient": 0}
+    sae = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3, **options))
+    run_step(sae, torch.randn(64, 6), None)
+    x = torch.randn(5, 6)
+    expected = sae.decode(sae.encode(x))
+    seen: list[torch.Size] = []
+    sae.hook_sae_input.add_hook(lambda tensor, hook: seen.append(tensor.shape))
+    acts = sae.encode(x)
+    truncate(sae, 10)
+    torch.testing.assert_close(sae.decode(acts), expected)
+    assert seen == [x.shape]
+
+
+def test_moving_average_is_saved_with_a_warning(tmp_path: Path) -> None:
+    cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3)
+    sae = MatryoshkaTrainingSAE(cfg)
+    run_step(sae, torch.randn(64, 6), None)
+    sae.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    with pytest.warns(UserWarning, match="calibrate_threshold"):
+        loaded.save_inference_model(tmp_path / "saved")
