@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog=PROGRAM,
         description="`train CONFIG.yaml [--field value ...]` trains an SAE, `levels DIR` shows the "
-        "levels of one, `publish DIR REPO_ID` uploads it, `demo` runs everything on a small model; "
+        "levels of one, `eval DIR` runs SAEBench on each of them, `publish DIR REPO_ID` uploads it, `demo` runs everything on a small model; "
         "add --help for more.",
     )
     parser.add_argument("command", choices=_COMMANDS)
@@ -160,6 +160,12 @@ def _plan_publish(words: list[str]) -> Callable[[], int]:
     return partial(_or_refuse, plan_publish(_Parser(prog=f"{PROGRAM} publish"), words))
 
 
+def _plan_eval(words: list[str]) -> Callable[[], int]:
+    from sae_lens_matryoshka.cli_eval import plan_eval
+
+    return partial(_or_refuse, plan_eval(_Parser(prog=f"{PROGRAM} eval"), words))
+
+
 def _or_refuse(run: Callable[[], int]) -> int:
     """`run`, whose errors are about what it was given or what it was refused."""
     try:
@@ -173,6 +179,7 @@ def _or_refuse(run: Callable[[], int]) -> int:
 _COMMANDS = {
     "train": _plan_train,
     "levels": _plan_levels,
+    "eval": _plan_eval,
     "publish": _plan_publish,
     "demo": _plan_demo,
 }

@@ -141,7 +141,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     """The options that say how to load an SAE and what to measure its levels on."""
     parser.add_argument(
         "--matryoshka-widths",
-        type=_widths,
+        type=widths_argument,
         metavar="W,W,…",
         help="level widths, for an SAE that does not say its own",
     )
@@ -165,7 +165,8 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
 
 
-def _widths(text: str) -> list[int]:
+def widths_argument(text: str) -> list[int]:
+    """Level widths as they are given on the command line."""
     return [int(width) for width in text.split(",")]
 
 

@@ -96,7 +96,7 @@ def load_sae(
         sae = _from_folder(Path(release_or_dir), options)
     else:
         release, sae_id = str(release_or_dir), sae_id.strip("/")
-        repo_id, _ = _located(release, sae_id)
+        repo_id, _ = located(release, sae_id)
         with _clear_errors(repo_id, sae_id):
             sae = _from_hub(release, sae_id, options)
     if matryoshka_widths is not None:
@@ -155,7 +155,7 @@ def _is_in_training(folder: Path) -> bool:
 
 
 def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:
-    repo_id, folder = _located(release, sae_id)
+    repo_id, folder = located(release, sae_id)
     if release in get_pretrained_saes_directory():
         loader = get_conversion_loader_name(release)
         layout = next((layout for layout in FORMATS if layout.loader == loader), None)
@@ -235,7 +235,7 @@ _LAYOUTS = "accepted: " + ", or ".join(
 )
 
 
-def _located(release: str, sae_id: str) -> tuple[str, str]:
+def located(release: str, sae_id: str) -> tuple[str, str]:
     """Repository and folder of an SAE, its names checked as far as SAELens' table goes."""
     known = get_pretrained_saes_directory().get(release)
     if known is None and "/" not in release:

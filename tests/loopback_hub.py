@@ -1,6 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1 that the real client uploads to and downloads from.
 
-It serves model repos with the one branch `main`, users with tokens, and faults on demand. Clients
+It serves repos of models and data sets with the one branch `main`, which clients can make of models,
+users with tokens, and faults on demand. Clients
 need HF_HUB_DISABLE_XET=1: with hf_xet installed they upload large files to xet without asking.
 """
 
@@ -284,6 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
             return entries
         return [entry for entry in entries if "/" not in entry["path"].removeprefix(prefix)]
 
+    def paths_info(self, repo_id: str, revision: str) -> Any:
+        files = self._revision(repo_id, revision)[2]
+        form = parse_qs(self.body.decode())
+        asked = form["paths"] if form else json.loads(self.body)["paths"]
+        return [{"type": "file", **blob_info(path, files[path])} for path in asked if path in files]
+
     def resolve(self, repo_id: str, revision: str, path: str) -> Any:
         _, sha, files = self._revision(repo_id, revision)
         if path not in files:
@@ -361,12 +368,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {"commitOid": repo.sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{repo.sha}"}
 
 
-_REPO, _NAME, _REST = "([^/]+/[^/]+)", "([^/]+)", "(.+)"
+_REPO, _NAME, _REST, _KIND = "([^/]+/[^/]+)", "([^/]+)", "(.+)", "(?:models|datasets)"
 ROUTES = [
-    ("GET", f"/{_REPO}/resolve/{_NAME}/{_REST}", _Handler.resolve),
-    ("GET", f"/api/models/{_REPO}", _Handler.info),
-    ("GET", f"/api/models/{_REPO}/revision/{_NAME}", _Handler.info),
-    ("GET", f"/api/models/{_REPO}/tree/{_NAME}(?:/{_REST})?", _Handler.tree),
+    ("GET", f"/(?:datasets/)?{_REPO}/resolve/{_NAME}/{_REST}", _Handler.resolve),
+    ("GET", f"/api/{_KIND}/{_REPO}", _Handler.info),
+    ("GET", f"/api/{_KIND}/{_REPO}/revision/{_NAME}", _Handler.info),
+    ("GET", f"/api/{_KIND}/{_REPO}/tree/{_NAME}(?:/{_REST})?", _Handler.tree),
+    ("POST", f"/api/{_KIND}/{_REPO}/paths-info/{_NAME}", _Handler.paths_info),
     ("POST", f"/api/models/{_REPO}/preupload/{_NAME}", _Handler.preupload),
     ("POST", f"/api/models/{_REPO}/commit/{_NAME}", _Handler.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import time
 import warnings
@@ -29,16 +30,36 @@ from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.corpus import documents
+from sae_lens_matryoshka.demo.nesting import describe, families
 from sae_lens_matryoshka.demo.report import Reading, Row, draw_levels, table
 from sae_lens_matryoshka.demo.run import HELD_OUT_SEED
 from sae_lens_matryoshka.evals.level_stats import LevelStats, measure_levels_in_model
+from sae_lens_matryoshka.evals.saebench import is_installed
+from sae_lens_matryoshka.evals.suite import plan_suite, run_suite
+from sae_lens_matryoshka.evals.suite_report import write_report
 from sae_lens_matryoshka.hub import load_sae
-from sae_lens_matryoshka.levels import decode_levels, set_widths
+from sae_lens_matryoshka.levels import decode_levels, set_widths, widths_of
 from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
 N_EVAL_BATCHES = 57  # of 2,048 tokens: all held-out texts, in their proportions
+N_NESTING_BATCHES = 24
+SAEBENCH = Path("saebench")
+# SAEBench's own, but for the data: labelled documents of the demo in the shape of AG News.
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "absorption": {},
+    "sparse_probing": {
+        "dataset_names": ["fancyzhx/ag_news"],
+        "probe_train_set_size": 1000,
+        "probe_test_set_size": 400,
+    },
+    "core": {
+        "dataset": "held_out",
+        "n_eval_reconstruction_batches": 8,
+        "n_eval_sparsity_variance_batches": 16,
+    },
+}
 
 
 def run_config(
@@ -115,6 +136,40 @@ def read_text(sae: SAE[Any], model: HookedTransformer, text: str) -> Reading:
     )
 
 
+@torch.no_grad()
+def tell_nesting(
+    sae: SAE[Any], baseline: SAE[Any], model: HookedTransformer, n_batches: int
+) -> str:
+    """Latents of the first level with those that specialise them, in words, on held-out texts."""
+    store = ActivationsStore.from_sae(
+        model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
+    )
+    batches = [store.get_batch_tokens() for _ in range(n_batches)]
+    x = torch.cat([store.get_activations(tokens).flatten(0, -2) for tokens in batches])
+    tokens = model.to_str_tokens(torch.cat(batches).flatten())
+    return describe(
+        families(sae.encode(x), baseline.encode(x), list(map(str, tokens)), widths_of(sae))
+    )
+
+
+def evaluate_with_saebench() -> str:
+    """Absorption, sparse probing and core of both SAEs and every level, by SAEBench itself.
+
+    Returns:
+        The table, which is in `saebench/` as well.
+    """
+    shutil.rmtree(SAEBENCH, ignore_errors=True)
+    plan = plan_suite(
+        [["matryoshka"]],
+        SAEBENCH,
+        against=[["batchtopk"]],
+        evaluations=list(EVALUATIONS),
+        n_seeds=1,
+        settings=EVALUATIONS,
+    )
+    return write_report(run_suite(plan), SAEBENCH)
+
+
 def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
@@ -160,7 +215,17 @@ def main(seed: int) -> None:
         read_text(saes["matryoshka"], model, text),
     )
     print(f"\n{table(rows)}\n")
-    print(f"Saved in {Path.cwd()}: batchtopk/, matryoshka/, results.json, results.md, levels.png")
+    nesting = tell_nesting(saes["matryoshka"], saes["batchtopk"], model, N_NESTING_BATCHES)
+    Path("nesting.md").write_text(nesting + "\n")
+    print(f"What is inside what, on held-out texts:\n\n{nesting}\n")
+    files = "batchtopk/, matryoshka/, results.json, results.md, levels.png, nesting.md"
+    if is_installed():
+        print("Evaluating both and every level with SAEBench", flush=True)
+        print(f"\n{evaluate_with_saebench()}\n")
+        files += f", {SAEBENCH}/report.html"
+    else:
+        print("For absorption and sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
+    print(f"Saved in {Path.cwd()}: {files}")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 

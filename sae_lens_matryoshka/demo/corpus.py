@@ -125,6 +125,18 @@ def documents(n: int, seed: int) -> list[Document]:
     return [_document(*rng.choice(classes), rng) for _ in range(n)]
 
 
+def labelled_documents(n: int, seed: int) -> dict[str, list[Any]]:
+    """`n` documents as columns `text` and `label`, the index of the document's domain: the shape of
+    AG News, which SAEBench's sparse probing reads.
+    """
+    domains = list(topics())
+    rows = documents(n, seed)
+    return {
+        "text": [document.text for document in rows],
+        "label": [domains.index(document.domain) for document in rows],
+    }
+
+
 def texts(n: int, seed: int) -> list[str]:
     """`n` shuffled texts, what the demo's model and its SAEs train on: half of them documents, a
     quarter spelling prompts and a quarter word lists.

@@ -10,12 +10,16 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from sae_lens_matryoshka.demo.corpus import texts
+from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
 
 # TransformerLens loads official names only; transformers takes a folder of that name first.
 MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
+# SAEBench knows data sets by name, and this shape by this one.
+LABELLED_FOLDER = Path("fancyzhx") / "ag_news"
 N_TEXTS, N_HELD_OUT = 24_000, 2_000
 HELD_OUT_SEED = 10_000  # added to the run's seed, for texts that no SAE was trained on
+LABELLED_SEEDS = {"train": 20_000, "test": 30_000}  # as well
+N_LABELLED = 4_000  # documents in each split
 _MARKER = "demo.txt"
 
 
@@ -23,7 +27,8 @@ def run_demo(out: Path, seed: int = 0) -> int:
     """Train SAELens' `batchtopk` and our `matryoshka` on the demo model and compare them.
 
     Leaves in `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
-    `results.md` and `levels.png`, beside the model and the texts that they were trained on.
+    `results.md`, `levels.png` and `nesting.md`, beside the model and the texts that they were
+    trained on, and where SAEBench is installed, its results on both and every level in `saebench/`.
 
     Args:
         out: Folder for everything, made if missing; a demo that is there is run anew.
@@ -42,7 +47,9 @@ def run_demo(out: Path, seed: int = 0) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text(
         "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model: "
-        "it only takes the name pythia-70m-deduped, because TransformerLens knows that one.\n"
+        "it only takes the name pythia-70m-deduped, because TransformerLens knows that one. The "
+        "texts under fancyzhx/ are made by the package too, in the shape of AG News, which "
+        "SAEBench knows.\n"
     )
     write_model_and_texts(out, seed)
     # The Hub's clients read these when they are imported, so training has a process of its own.
@@ -68,3 +75,7 @@ def write_model_and_texts(out: Path, seed: int) -> None:
         (out / name).mkdir(exist_ok=True)
         rows = Dataset.from_dict({"text": texts(n, seed + offset)})
         rows.to_parquet(out / name / "train.parquet")
+    (out / LABELLED_FOLDER).mkdir(parents=True, exist_ok=True)
+    for split, offset in LABELLED_SEEDS.items():
+        rows = Dataset.from_dict(labelled_documents(N_LABELLED, seed + offset))
+        rows.to_parquet(out / LABELLED_FOLDER / f"{split}.parquet")

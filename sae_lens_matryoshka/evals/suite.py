@@ -1,0 +1,384 @@
+"""SAEBench over SAEs, their levels and seeds: what is to run, what has run, what could not."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, Transcoder
+from tqdm.auto import tqdm
+from transformer_lens.loading_from_pretrained import (
+    get_official_model_name,
+    get_pretrained_model_config,
+)
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+from sae_lens_matryoshka.evals.candidates import Candidate, fingerprint, labels, load_whole
+from sae_lens_matryoshka.evals.saebench import (
+    EVALUATIONS,
+    Job,
+    config_class,
+    installed,
+    obstacle,
+    run_job,
+)
+from sae_lens_matryoshka.files import whole_file
+from sae_lens_matryoshka.levels import widths_of
+
+DEFAULT_EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp", "core")
+RECORD = "evaluated.json"
+_KEPT = ".saebench"  # what SAEBench may use again, in the output folder
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Record:
+    """What an output folder holds results of; in it as `evaluated.json`.
+
+    Attributes:
+        model_name: The one model of all SAEs.
+        hook_names: Label → place in the model, of each SAE.
+        fingerprints: Label → SHA-256 of the weights, of each SAE.
+        candidates: SAEs and levels, in the order of tables.
+        settings: Evaluation → fields of SAEBench's config that were set.
+        not_run: Evaluation → key of a candidate → why it has no result.
+        seconds: Evaluation → seconds of each process that was run for it.
+    """
+
+    model_name: str
+    hook_names: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    not_run: dict[str, dict[str, str]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, out: Path) -> Record | None:
+        """That of an output folder, None where it has none.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        file = out / RECORD
+        if not file.exists():
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise ValueError(
+                    f"out={str(out)!r} holds something other than evaluations: give a new or an "
+                    "empty folder."
+                )
+            return None
+        content = json.loads(file.read_text())
+        candidates = [Candidate(**candidate) for candidate in content.pop("candidates")]
+        return cls(**content, candidates=candidates)
+
+    def write(self, out: Path) -> None:
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["candidates"] = [candidate._asdict() for candidate in self.candidates]
+        with whole_file(out / RECORD) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+
+    def seeds(self, out: Path, evaluation: str) -> list[int]:
+        """Those that an evaluation was run with."""
+        folders = (out / evaluation).glob("seed_*")
+        return sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
+
+
+@dataclass
+class Plan:
+    """What is to be run: see `plan_suite`."""
+
+    record: Record
+    candidates: list[Candidate]
+    evaluations: list[str]
+    n_seeds: int
+    device: str
+    out: Path
+
+
+def plan_suite(
+    saes: Sequence[Sequence[str]],
+    out: Path,
+    *,
+    against: Sequence[Sequence[str]] = (),
+    levels: Sequence[int] | None = None,
+    evaluations: Sequence[str] = DEFAULT_EVALUATIONS,
+    n_seeds: int = 3,
+    settings: Settings | None = None,
+    matryoshka_widths: Sequence[int] | None = None,
+    model_name: str | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """Check everything that is to be evaluated, before any language model loads.
+
+    Args:
+        saes: What to evaluate level by level, each as `load_sae` takes it: a folder, or a release
+            and an SAE's id.
+        out: Output folder; what it holds of the same SAEs is kept.
+        against: Baselines, each evaluated whole.
+        levels: Numbers of the levels of `saes` from 1 on; all where left out.
+        evaluations: Keys of `saebench.EVALUATIONS`.
+        n_seeds: Seeds 0 to n − 1; evaluations without chance in them run once.
+        settings: Evaluation → fields of SAEBench's config that are to differ from what SAEBench's
+            own scripts set.
+        matryoshka_widths: Level widths, for SAEs that don't say their own.
+        model_name: The model, for SAEs that don't say it.
+        device: Where to compute.
+
+    Raises:
+        ValueError: SAEBench is not installed; an evaluation, a setting, an SAE or a level is
+            unknown; an SAE does not fit its model; `out` holds results of other SAEs.
+        OSError: the Hub or the disk failed.
+    """
+    installed()
+    check_names(evaluations, settings or {})
+    if n_seeds < 1:
+        raise ValueError(f"n_seeds={n_seeds} is not accepted: give 1 or more.")
+    leveled, baselines = _resolved(saes), _resolved(against)
+    sources = list(dict.fromkeys([*leveled, *baselines]))
+    record = Record.read(out)
+    candidates: list[Candidate] = []
+    for source, label in zip(sources, labels(sources), strict=True):
+        sae = load_whole(source, matryoshka_widths, model_name)
+        record = _admitted(record, label, sae, out)
+        widths = _level_widths(sae, levels, label) if source in leveled else [sae.cfg.d_sae]
+        candidates += [
+            Candidate(
+                label=label,
+                source=source,
+                width=width,
+                d_sae=sae.cfg.d_sae,
+                is_baseline=source not in leveled,
+                matryoshka_widths=matryoshka_widths,
+                model_name=model_name,
+            )
+            for width in widths
+        ]
+    if record is None:
+        raise ValueError("there is no SAE to evaluate.")
+    by_key = {candidate.key: candidate for candidate in record.candidates}
+    for candidate in candidates:
+        if by_key.setdefault(candidate.key, candidate).label != candidate.label:
+            raise ValueError(
+                f"{candidate.label} and {by_key[candidate.key].label} would have one name in "
+                "SAEBench's files: rename a folder."
+            )
+    record.candidates = list({**by_key, **{c.key: c for c in candidates}}.values())
+    for evaluation in evaluations:
+        _admit_settings(record, evaluation, dict((settings or {}).get(evaluation, {})), out)
+    return Plan(record, candidates, list(evaluations), n_seeds, device, out)
+
+
+def run_suite(plan: Plan) -> Record:
+    """Run what a plan asks for and `plan.out` has no result of yet.
+
+    Each evaluation and seed is a process; what is finished survives the end of any of them.
+
+    Returns:
+        The record of `plan.out`, which tells what could not be run, and why.
+    """
+    record, out = plan.record, plan.out
+    out.mkdir(parents=True, exist_ok=True)
+    record.write(out)
+    n_rounds = {e: plan.n_seeds if EVALUATIONS[e].is_random else 1 for e in plan.evaluations}
+    asked = {candidate.key for candidate in plan.candidates}
+    with tqdm(total=sum(n_rounds.values()) * len(asked), unit="result", mininterval=1) as progress:
+        done = 0
+        for evaluation, n_seeds in n_rounds.items():
+            known = record.not_run.get(evaluation, {})
+            reasons = {key: reason for key, reason in known.items() if key not in asked}
+            for seed in range(n_seeds):
+                if asked <= reasons.keys():
+                    break  # what no SAE could do with one seed, none will with another
+                progress.set_description(f"{evaluation}, seed {seed}")
+                reasons |= _run_round(plan, evaluation, seed, partial(_show, progress, done))
+                record.not_run[evaluation] = reasons
+                record.write(out)
+                done += len(asked)
+                _show(progress, done, 0)
+    return record
+
+
+def _show(progress: tqdm, before: int, n: int) -> None:
+    progress.n = before + n
+    progress.update(0)  # at most once in mininterval
+
+
+def _run_round(
+    plan: Plan, evaluation: str, seed: int, finished: Callable[[int], None]
+) -> dict[str, str]:
+    """One evaluation with one seed: key → reason, of the candidates without a result."""
+    record = plan.record
+    settings = record.settings[evaluation]
+    obstacles = {
+        candidate.key: reason
+        for candidate in plan.candidates
+        if (reason := obstacle(evaluation, candidate, record.hook_names[candidate.label], settings))
+    }
+    possible = [candidate for candidate in plan.candidates if candidate.key not in obstacles]
+    if not possible:
+        return obstacles
+
+    kept = (plan.out / _KEPT / evaluation).resolve()
+    job = Job(
+        evaluation=evaluation,
+        candidates=[candidate._asdict() for candidate in possible],
+        model_name=record.model_name,
+        seed=seed,
+        device=plan.device,
+        out=(plan.out / evaluation / f"seed_{seed}").resolve(),
+        shared=kept / "shared",
+        settings=settings,
+    )
+    failures, seconds = run_job(job, kept / f"seed_{seed}", finished)
+    if seconds:
+        record.seconds.setdefault(evaluation, []).append(round(seconds, 1))
+    return {**obstacles, **failures}
+
+
+def check_names(evaluations: Sequence[str], settings: Settings) -> None:
+    """Raises: ValueError: an evaluation or a setting that SAEBench does not have."""
+    for evaluation in [*evaluations, *settings]:
+        if evaluation not in EVALUATIONS:
+            near = difflib.get_close_matches(evaluation, EVALUATIONS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"{evaluation!r} is not an evaluation; accepted: {', '.join(EVALUATIONS)}.{hint}"
+            )
+        if evaluation not in evaluations:
+            raise ValueError(f"{evaluation} has settings and is not to be run: add it to --evals.")
+    for evaluation, values in settings.items():
+        config = config_class(evaluation)
+        names = [f.name for f in fields(config)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3) or names
+                raise ValueError(
+                    f"{evaluation}.{name} is not a setting of SAEBench; did you mean "
+                    f"{' or '.join(near)}?"
+                )
+            if name in ("random_seed", "model_name"):
+                raise ValueError(f"{evaluation}.{name} is not to be set: give --seeds, --model.")
+        try:
+            config(**values)
+        except ValueError as error:  # pydantic's, one paragraph for each field
+            raise ValueError(f"the settings of {evaluation} are not accepted: {error}") from error
+
+
+def _resolved(sources: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    return [
+        (str(Path(source[0]).resolve()),) if len(source) == 1 else tuple(source)
+        for source in sources
+    ]
+
+
+def _level_widths(sae: SAE[Any], levels: Sequence[int] | None, label: str) -> list[int]:
+    if levels is None:
+        try:
+            return widths_of(sae)
+        except ValueError:
+            return [sae.cfg.d_sae]  # no levels are known of it
+    widths = widths_of(sae)
+    for level in levels:
+        if not 1 <= level <= len(widths):
+            raise ValueError(
+                f"levels={level} is not accepted: {label} has the levels 1 to {len(widths)}, of "
+                f"{', '.join(map(str, widths))} latents."
+            )
+    return sorted({widths[level - 1] for level in levels})
+
+
+def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Record:
+    """The record with one more SAE, if that fits."""
+    metadata = sae.cfg.metadata
+    if metadata.model_name is None:
+        raise ValueError(f"{label} does not say its model: give --model.")
+    model_name = short_model_name(metadata.model_name)
+    record = record or Record(model_name)
+    if record.model_name != model_name:
+        raise ValueError(
+            f"{label} is of the model {model_name}, and others are of {record.model_name}: "
+            "SAEs of one model are evaluated together, in a folder of their own."
+        )
+    check_fits(sae, label, model_name)
+    weights = fingerprint(sae)
+    if record.fingerprints.setdefault(label, weights) != weights:
+        raise ValueError(
+            f"out={str(out)!r} holds results of another SAE named {label}, with other weights: "
+            "give another folder."
+        )
+    record.hook_names[label] = metadata.hook_name
+    return record
+
+
+def short_model_name(name: str) -> str:
+    """The name by which SAEBench's tables know a model.
+
+    Raises:
+        ValueError: TransformerLens, which loads the model, does not know it.
+    """
+    try:
+        official = get_official_model_name(name)
+    except ValueError:
+        names = [model.rpartition("/")[2] for model in OFFICIAL_MODEL_NAMES]
+        near = difflib.get_close_matches(name.rpartition("/")[2], names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"TransformerLens does not know the model {name!r}{hint}") from None
+    return official.rpartition("/")[2]
+
+
+def check_fits(sae: SAE[Any], label: str, model_name: str) -> None:
+    """Check an SAE against the shape of its model, of which only the configuration is read.
+
+    Raises:
+        ValueError: the hook is none that SAEBench reads, or not of this model, or not as wide.
+        OSError: the configuration can't be had.
+    """
+    hook_name = sae.cfg.metadata.hook_name
+    if isinstance(sae, Transcoder):
+        raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
+    place = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(hook_name))
+    if place is None:
+        raise ValueError(
+            f"{label} is of hook_name={hook_name!r}; SAEBench reads TransformerLens' places in a "
+            "layer, blocks.N.…, such as blocks.1.hook_resid_post."
+        )
+    model = get_pretrained_model_config(model_name)
+    if int(place[1]) >= model.n_layers:
+        raise ValueError(
+            f"{label} is of {hook_name}, and {model_name} has the layers 0 to {model.n_layers - 1}."
+        )
+    width = {
+        "attn.hook_z": model.n_heads * model.d_head,
+        "mlp.hook_pre": model.d_mlp,
+        "mlp.hook_post": model.d_mlp,
+    }.get(place[2], model.d_model)
+    if sae.cfg.d_in != width:
+        raise ValueError(
+            f"{label} has d_in={sae.cfg.d_in}, and {hook_name} of {model_name} is {width} wide."
+        )
+
+
+def _admit_settings(record: Record, evaluation: str, settings: dict[str, Any], out: Path) -> None:
+    known = record.settings.setdefault(evaluation, settings)
+    if known != settings:
+        changed = sorted(
+            name for name in {*known, *settings} if known.get(name) != settings.get(name)
+        )
+        raise ValueError(
+            f"out={str(out)!r} holds results of {evaluation} with other settings "
+            f"({', '.join(changed)}): give another folder."
+        )
+
+
+def check_device(device: str) -> None:
+    """Raises: ValueError: the device is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device={device!r} is not accepted: PyTorch sees no CUDA here.")
