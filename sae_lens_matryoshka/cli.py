@@ -17,6 +17,7 @@ from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from simple_parsing import ArgumentGenerationMode, ArgumentParser, NestedMode
 from typing_extensions import override
 
+from sae_lens_matryoshka.dry_run import describe_run
 from sae_lens_matryoshka.interruption import TrainingInterrupted
 from sae_lens_matryoshka.run_config import (
     build_run_config,
@@ -54,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog=PROGRAM,
         description="`train CONFIG.yaml [--field value ...]` trains an SAE, `levels DIR` shows the "
-        "levels of one, `eval DIR` runs SAEBench on each of them, `publish DIR REPO_ID` uploads it, `demo` runs everything on a small model; "
-        "add --help for more.",
+        "levels of one, `eval DIR --out RESULTS` runs SAEBench on each of them, `publish DIR "
+        "REPO_ID` uploads it, `demo` runs everything on a small model; add --help for more.",
     )
     parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -76,6 +77,8 @@ def _refuse(error: Exception, code: int = 2) -> int:
 
 
 def _plan_train(words: list[str]) -> Callable[[], int]:
+    is_dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
     has_config = bool(words) and not words[0].startswith("-")
     config = read_config(words[0]) if has_config else {}
     # Which fields there are depends on the architecture, so it is read first.
@@ -85,6 +88,9 @@ def _plan_train(words: list[str]) -> Callable[[], int]:
     config = merged(config, {"sae": vars(architecture)})
     cfg = build_run_config(merged(config, _overrides(flags, sae_config_class(config))))
     check_resumable(cfg)
+    if is_dry:
+        plan = describe_run(cfg)
+        return lambda: print(plan) or 0
     return partial(_train, cfg, [PROGRAM, "train", *words])
 
 
@@ -107,7 +113,7 @@ def _overrides(flags: list[str], sae_class: type[TrainingSAEConfig]) -> dict[str
     """The fields that the command line sets, in the shape of a config."""
     parser = _FieldParser(
         prog=f"{PROGRAM} train",
-        usage="%(prog)s [CONFIG.yaml] [--sae.architecture NAME] [--field value ...]",
+        usage="%(prog)s [CONFIG.yaml] [--dry-run] [--sae.architecture NAME] [--field value ...]",
         argument_generation_mode=ArgumentGenerationMode.NESTED,
         nested_mode=NestedMode.WITHOUT_ROOT,
         allow_abbrev=False,

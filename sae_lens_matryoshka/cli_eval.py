@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import huggingface_hub.constants
 import torch
 import yaml
 
 from sae_lens_matryoshka.cli_levels import widths_argument
+from sae_lens_matryoshka.dry_run import go_offline
 from sae_lens_matryoshka.evals.saebench import EVALUATIONS
-from sae_lens_matryoshka.evals.scores import not_run
 from sae_lens_matryoshka.evals.suite import (
     DEFAULT_EVALUATIONS,
     Plan,
@@ -47,7 +46,10 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
         "--against", nargs="+", default=[], metavar="SAE", help="baselines, each evaluated whole"
     )
     parser.add_argument(
-        "--levels", type=_levels, default="all", help="all, or numbers from 1 on: 1,3 (default: all)"
+        "--levels",
+        type=_levels,
+        default="all",
+        help="all, or numbers from 1 on: 1,3 (default: all)",
     )
     parser.add_argument(
         "--evals",
@@ -94,7 +96,9 @@ def _evaluate(
     saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
 ) -> int:
     plan = plan_suite(saes, out, against=against, **options)
-    signal.signal(signal.SIGTERM, _stop)  # so that the evaluation in progress ends with this process
+    signal.signal(
+        signal.SIGTERM, _stop
+    )  # so that the evaluation in progress ends with this process
     try:
         record = run_suite(plan)
     finally:
@@ -116,7 +120,7 @@ def _dry_run(
     saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
 ) -> int:
     """Check what can be checked without a network, and say what can't."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    go_offline()
     here: dict[str, list[list[str]]] = {"saes": [], "against": []}
     for name, sources in (("saes", saes), ("against", against)):
         for source in sources:
@@ -127,12 +131,15 @@ def _dry_run(
                 here[name].append(source)
             else:
                 print(f"{source[0]}: not there yet")
+    Record.read(out)
     if here["saes"]:
-        plan = plan_suite(here["saes"], out, against=here["against"], **options)
-        for candidate in plan.candidates:
-            print(f"{candidate.title}: {plan.record.hook_names[candidate.label]}, there")
-    else:
-        Record.read(out)
+        try:
+            plan = plan_suite(here["saes"], out, against=here["against"], **options)
+        except OSError as error:
+            print(f"The model's configuration is not on this machine, not checked: {error}")
+        else:
+            for candidate in plan.candidates:
+                print(f"{candidate.title}: {plan.record.hook_names[candidate.label]}, there")
     seeds = f"{options['n_seeds']} seed{'s' if options['n_seeds'] > 1 else ''}"
     print(f"Would run {', '.join(options['evaluations'])} with {seeds}, into {out}.")
     return 0

@@ -114,8 +114,7 @@ def families(
             Family(
                 parent=named(feature_acts, parent, 1),
                 children=[
-                    (latent, contained[parent, latent.index - first].item())
-                    for latent in described
+                    (latent, contained[parent, latent.index - first].item()) for latent in described
                 ],
                 counterpart=baseline_namer(baseline_acts, counterpart, None),
                 f1=f1[counterpart].item(),
@@ -133,9 +132,7 @@ def families(
     return result
 
 
-def _hole(
-    child: torch.Tensor, baseline: torch.Tensor, counterpart: int
-) -> list[tuple[int, float]]:
+def _hole(child: torch.Tensor, baseline: torch.Tensor, counterpart: int) -> list[tuple[int, float]]:
     """BatchTopK's latent that took a child's tokens from the counterpart, if one has."""
     share = child @ baseline / child.sum()
     own = share[counterpart].item()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +71,12 @@ def load_whole(
     device: str = "cpu",
 ) -> SAE[Any]:
     """The SAE that a candidate is, or is a level of, with what SAEBench reads of it."""
-    sae = load_sae(*source, matryoshka_widths=matryoshka_widths, device=device)
+    with warnings.catch_warnings():
+        # On how to load the model, which SAEBench does.
+        warnings.filterwarnings(
+            "ignore", message="\\s*This SAE has non-empty model_from_pretrained"
+        )
+        sae = load_sae(*source, matryoshka_widths=matryoshka_widths, device=device)
     metadata = sae.cfg.metadata
     if metadata.model_name is None:
         metadata.model_name = model_name
@@ -77,10 +84,8 @@ def load_whole(
         metadata.prepend_bos = True  # as SAEBench's other evaluations prompt the model
     norms = sae.W_dec.norm(dim=-1)
     if norms.all() and not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
-        try:
+        with suppress(NotImplementedError):  # TopK, whose choice of latents would change
             sae.fold_W_dec_norm()
-        except NotImplementedError:
-            pass  # TopK without rescaling, whose choice of latents would change
     return sae
 
 

@@ -133,11 +133,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "meta_structure": Evaluation(
         "meta_structure",
         "MetaStructureEvalConfig",
-        (
-            Metric(
-                "meta_structure.decoder_fraction_variance_explained", "meta-SAE variance", True
-            ),
-        ),
+        (Metric("meta_structure.decoder_fraction_variance_explained", "meta-SAE variance", True),),
     ),
     "unlearning": Evaluation(
         "unlearning",

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import ValidationError
 from sae_lens import SAE, Transcoder
 from tqdm.auto import tqdm
-from transformer_lens.loading_from_pretrained import (
-    get_official_model_name,
-    get_pretrained_model_config,
-)
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from sae_lens_matryoshka.evals.candidates import Candidate, fingerprint, labels, load_whole
 from sae_lens_matryoshka.evals.saebench import (
@@ -31,6 +25,7 @@ from sae_lens_matryoshka.evals.saebench import (
 )
 from sae_lens_matryoshka.files import whole_file
 from sae_lens_matryoshka.levels import widths_of
+from sae_lens_matryoshka.places import check_place, short_model_name
 
 DEFAULT_EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp", "core")
 RECORD = "evaluated.json"
@@ -268,8 +263,12 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
                 raise ValueError(f"{evaluation}.{name} is not to be set: give --seeds, --model.")
         try:
             config(**values)
-        except ValueError as error:  # pydantic's, one paragraph for each field
-            raise ValueError(f"the settings of {evaluation} are not accepted: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{evaluation}.{name}={first['input']!r} is not accepted: {first['msg']}."
+            ) from error
 
 
 def _resolved(sources: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -307,7 +306,9 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
             f"{label} is of the model {model_name}, and others are of {record.model_name}: "
             "SAEs of one model are evaluated together, in a folder of their own."
         )
-    check_fits(sae, label, model_name)
+    if isinstance(sae, Transcoder):
+        raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
+    check_place(metadata.hook_name, sae.cfg.d_in, model_name, label)
     weights = fingerprint(sae)
     if record.fingerprints.setdefault(label, weights) != weights:
         raise ValueError(
@@ -316,54 +317,6 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
         )
     record.hook_names[label] = metadata.hook_name
     return record
-
-
-def short_model_name(name: str) -> str:
-    """The name by which SAEBench's tables know a model.
-
-    Raises:
-        ValueError: TransformerLens, which loads the model, does not know it.
-    """
-    try:
-        official = get_official_model_name(name)
-    except ValueError:
-        names = [model.rpartition("/")[2] for model in OFFICIAL_MODEL_NAMES]
-        near = difflib.get_close_matches(name.rpartition("/")[2], names, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise ValueError(f"TransformerLens does not know the model {name!r}{hint}") from None
-    return official.rpartition("/")[2]
-
-
-def check_fits(sae: SAE[Any], label: str, model_name: str) -> None:
-    """Check an SAE against the shape of its model, of which only the configuration is read.
-
-    Raises:
-        ValueError: the hook is none that SAEBench reads, or not of this model, or not as wide.
-        OSError: the configuration can't be had.
-    """
-    hook_name = sae.cfg.metadata.hook_name
-    if isinstance(sae, Transcoder):
-        raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
-    place = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(hook_name))
-    if place is None:
-        raise ValueError(
-            f"{label} is of hook_name={hook_name!r}; SAEBench reads TransformerLens' places in a "
-            "layer, blocks.N.…, such as blocks.1.hook_resid_post."
-        )
-    model = get_pretrained_model_config(model_name)
-    if int(place[1]) >= model.n_layers:
-        raise ValueError(
-            f"{label} is of {hook_name}, and {model_name} has the layers 0 to {model.n_layers - 1}."
-        )
-    width = {
-        "attn.hook_z": model.n_heads * model.d_head,
-        "mlp.hook_pre": model.d_mlp,
-        "mlp.hook_post": model.d_mlp,
-    }.get(place[2], model.d_model)
-    if sae.cfg.d_in != width:
-        raise ValueError(
-            f"{label} has d_in={sae.cfg.d_in}, and {hook_name} of {model_name} is {width} wide."
-        )
 
 
 def _admit_settings(record: Record, evaluation: str, settings: dict[str, Any], out: Path) -> None:
@@ -376,9 +329,3 @@ def _admit_settings(record: Record, evaluation: str, settings: dict[str, Any], o
             f"out={str(out)!r} holds results of {evaluation} with other settings "
             f"({', '.join(changed)}): give another folder."
         )
-
-
-def check_device(device: str) -> None:
-    """Raises: ValueError: the device is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device={device!r} is not accepted: PyTorch sees no CUDA here.")

@@ -110,9 +110,7 @@ def _draw(path: Path, record: Record, scores: list[Score]) -> bool:
     ]
     if any(score.metric.key == L0 for score in scores):
         axes_of.append(("L0 (active latents per token)", lambda c: l0_of(scores, c)))
-    figure = Figure(
-        figsize=(max(4.2 * len(firsts), 6), 3.6 * len(axes_of)), layout="constrained"
-    )
+    figure = Figure(figsize=(max(4.2 * len(firsts), 6), 3.6 * len(axes_of)), layout="constrained")
     grid = figure.subplots(len(axes_of), len(firsts), squeeze=False)
     for row, (x_label, x_of) in zip(grid, axes_of, strict=True):
         for axis, (evaluation, metric) in zip(row, firsts, strict=True):
