@@ -18,7 +18,6 @@ from sae_lens_matryoshka.dry_run import go_offline
 from sae_lens_matryoshka.evals.saebench import EVALUATIONS
 from sae_lens_matryoshka.evals.suite import (
     DEFAULT_EVALUATIONS,
-    Plan,
     Record,
     Settings,
     check_names,
@@ -49,7 +48,7 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
         "--levels",
         type=_levels,
         default="all",
-        help="all, or numbers from 1 on: 1,3 (default: all)",
+        help="all (default), or numbers from 1 on: 1,3",
     )
     parser.add_argument(
         "--evals",
@@ -96,20 +95,16 @@ def _evaluate(
     saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
 ) -> int:
     plan = plan_suite(saes, out, against=against, **options)
-    signal.signal(
-        signal.SIGTERM, _stop
-    )  # so that the evaluation in progress ends with this process
+    signal.signal(signal.SIGTERM, _stop)  # so that SAEBench, in a process of its own, ends too
     try:
         record = run_suite(plan)
-    finally:
-        if (recorded := Record.read(out)) is not None:
-            text = write_report(recorded, out)
-    print(f"\n{text}\n\n{out / 'report.html'} has the same with plots.")
-    return int(any(_asked(plan, reasons) for reasons in record.not_run.values()))
-
-
-def _asked(plan: Plan, reasons: dict[str, str]) -> bool:
-    return any(candidate.key in reasons for candidate in plan.candidates)
+    except BaseException:
+        write_report(plan.record, out)  # on what is finished
+        raise
+    print(f"\n{write_report(record, out)}\n\n{out / 'report.html'} has the same with plots.")
+    asked = {candidate.key for candidate in plan.candidates}
+    missing = (asked & record.not_run[evaluation].keys() for evaluation in plan.evaluations)
+    return int(any(missing))
 
 
 def _stop(signum: int, frame: Any) -> NoReturn:

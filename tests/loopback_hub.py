@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on 127.0.0.1 that the real client uploads to and downloads from.
 
-It serves repos of models and data sets with the one branch `main`, which clients can make of models,
-users with tokens, and faults on demand. Clients
-need HF_HUB_DISABLE_XET=1: with hf_xet installed they upload large files to xet without asking.
+It serves repos of models and of data sets with the one branch `main`, users with tokens, and faults
+on demand; clients can make repos of models. They need HF_HUB_DISABLE_XET=1: with hf_xet installed
+they upload large files to xet without asking.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 CONTAINED = 0.95  # of a latent's tokens, for it to specialise another
 SILENT = 0.2  # of the tokens, for a latent to have a hole there
 FIRING = 0.8  # of the tokens, for a latent to cover them
+_N_TOKENS = 6  # named of each latent
 _MIN_TOKENS = 40  # that a latent fires on, to be told of
 _MAX_FREQUENCY = 0.3  # of a first-level latent; what nearly always fires contains everything
 
@@ -94,7 +95,6 @@ def families(
     is_child &= torch.arange(first)[:, None] == best
 
     named = _Namer(tokens)
-    baseline_namer = _Namer(tokens)
     result = []
     for parent in is_child.sum(1).argsort(descending=True, stable=True).tolist():
         inside = is_child[parent].nonzero().flatten()
@@ -116,15 +116,15 @@ def families(
                 children=[
                     (latent, contained[parent, latent.index - first].item()) for latent in described
                 ],
-                counterpart=baseline_namer(baseline_acts, counterpart, None),
+                counterpart=named(baseline_acts, counterpart, None),
                 f1=f1[counterpart].item(),
                 holes=[
-                    (latent, baseline_namer(baseline_acts, other, None), share)
+                    (latent, named(baseline_acts, other, None), share)
                     for latent in described
                     for other, share in _hole(fires[:, latent.index], baseline, counterpart)
                 ],
                 parts=[
-                    baseline_namer(baseline_acts, part, None)
+                    named(baseline_acts, part, None)
                     for part in _parts(fires[:, parent], baseline, f1[counterpart].item())
                 ],
             )
@@ -165,15 +165,14 @@ class _Namer:
     """Describes latents by their tokens."""
 
     def __init__(self, tokens: Sequence[str]):
-        self._names, ids = {}, []
-        for token in tokens:
-            ids.append(self._names.setdefault(token, len(self._names)))
-        self._ids = torch.tensor(ids)
+        self._names = list(dict.fromkeys(tokens))
+        ids = {name: i for i, name in enumerate(self._names)}
+        self._ids = torch.tensor([ids[token] for token in tokens])
 
     def __call__(self, acts: torch.Tensor, index: int, level: int | None) -> Latent:
         sums = torch.zeros(len(self._names)).index_add_(0, self._ids, acts[:, index])
-        names = list(self._names)
-        top = [names[i] for i in sums.topk(min(6, len(names))).indices.tolist() if sums[i] > 0]
+        top = sums.topk(min(_N_TOKENS, len(sums))).indices.tolist()
+        top = [self._names[i] for i in top if sums[i] > 0]
         return Latent(index, level, int((acts[:, index] > 0).sum()), top)
 
 

@@ -73,9 +73,7 @@ def load_whole(
     """The SAE that a candidate is, or is a level of, with what SAEBench reads of it."""
     with warnings.catch_warnings():
         # On how to load the model, which SAEBench does.
-        warnings.filterwarnings(
-            "ignore", message="\\s*This SAE has non-empty model_from_pretrained"
-        )
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
         sae = load_sae(*source, matryoshka_widths=matryoshka_widths, device=device)
     metadata = sae.cfg.metadata
     if metadata.model_name is None:

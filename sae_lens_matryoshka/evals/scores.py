@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +92,18 @@ def comparisons(scores: list[Score]) -> list[str]:
 
     Two whose intervals overlap are not ranked.
     """
-    sentences = []
+    sentences: list[str] = []
     for evaluation, description in EVALUATIONS.items():
-        first = [
+        whole = [
             score
             for score in scores
             if score.evaluation == evaluation
             and score.metric == description.metrics[0]
             and score.candidate.width == score.candidate.d_sae
         ]
-        for own in (score for score in first if not score.candidate.is_baseline):
-            for other in (score for score in first if score.candidate.is_baseline):
-                sentences.append(_compared(own, other))
+        own = [score for score in whole if not score.candidate.is_baseline]
+        baselines = [score for score in whole if score.candidate.is_baseline]
+        sentences += starmap(_compared, product(own, baselines))
     return sentences
 
 

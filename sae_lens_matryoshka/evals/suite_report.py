@@ -26,8 +26,8 @@ from sae_lens_matryoshka.files import whole_file
 
 _COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown")
 _SPREAD = (
-    "± is the standard deviation over the seeds of the evaluation. It says nothing of how SAEs that "
-    "were trained with other seeds would score."
+    "± is the standard deviation over the seeds of the evaluation, and says nothing of how SAEs "
+    "trained with other seeds would score."
 )
 
 
@@ -172,7 +172,7 @@ def _page(
         data = base64.b64encode(plot.read_bytes()).decode()
         image = f'<img alt="Scores against width and L0" src="data:image/png;base64,{data}">'
     settings = "\n".join(
-        f"<li>{escape(evaluation)}: {escape(str(values) if values else 'as SAEBench sets them')}</li>"
+        f"<li>{escape(evaluation)}: {escape(str(values or 'as SAEBench sets them'))}</li>"
         for evaluation, values in record.settings.items()
     )
     return f"""<!doctype html>
