@@ -289,7 +289,8 @@ def run_job(
     todo = [c for c in todo if not is_whole(job.result(c.key))]
     finished(len(candidates) - len(todo))
     if not job.failures_file.exists():
-        reason = f"the process ended with {process.returncode}; see {log}"
+        last_words = log.read_text(errors="replace").split("\n")[-2:][0].strip()
+        reason = f"the process ended with {process.returncode} ({last_words}); see {log}"
         return {c.key: reason for c in todo}, time.perf_counter() - start
     unfinished.unlink()
     return json.loads(job.failures_file.read_text()), time.perf_counter() - start

@@ -89,11 +89,19 @@ def _remarks(record: Record, scores: list[Score]) -> list[str]:
             remarks.append(f"{evaluation} {note}")
     if scores and all(score.metric.key != L0 for score in scores):
         remarks.append("L0 is measured by core, which was not run.")
-    remarks += [
-        f"Not run: {evaluation} of {title}: {reason}"
-        for evaluation, title, reason in not_run(record)
+    return remarks + _not_run(record)
+
+
+def _not_run(record: Record) -> list[str]:
+    titles: dict[tuple[str, str], list[str]] = {}
+    for evaluation, title, reason in not_run(record):
+        titles.setdefault((evaluation, reason), []).append(title)
+    return [
+        f"Not run: {evaluation}: {reason}."
+        if len(group) == len(record.candidates)
+        else f"Not run: {evaluation} of {'; '.join(group)}: {reason}."
+        for (evaluation, reason), group in titles.items()
     ]
-    return remarks
 
 
 def _draw(path: Path, record: Record, scores: list[Score]) -> bool:

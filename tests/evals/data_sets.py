@@ -75,22 +75,23 @@ def _two_labels(n: int, seed: int) -> dict[str, list[Any]]:
 
 
 def _ravel() -> dict[str, bytes]:
-    """The entity "city": words, whose country is their first letter and whose continent its half of
-    the alphabet; the model was trained to tell the first."""
+    """The entity "city": words, whose country is their own first letter and whose continent that of
+    the word behind them, so the one can be changed at the entity and the other can't."""
     words = [word for letter in _by_letter() for word in letter]
+    behind = {"R": "river", "G": "garden"}
+    prompts = {
+        "Country": ["\n %s has the first letter:"],
+        "Continent": [f"\n %s {word} has the first letter:" for word in behind.values()],
+    }
     files = {
-        "attribute_to_prompts": {
-            "Country": ["\n %s has the first letter:"],
-            "Continent": ["\n river has the first letter: R\n %s has the first letter:"],
-        },
+        "attribute_to_prompts": prompts,
         "entity_attributes": {
-            word: {"Country": word[0].upper(), "Continent": word[0].upper()} for word in words
+            word: {"Country": word[0].upper(), "Continent": list(behind)[i % 2]}
+            for i, word in enumerate(words)
         },
-        "prompt_to_split": {},
+        "prompt_to_split": {prompt: "train" for group in prompts.values() for prompt in group},
         "entity_to_split": {word: ("train", "val")[i % 2] for i, word in enumerate(words)},
     }
-    prompts = files["attribute_to_prompts"].values()
-    files["prompt_to_split"] = {prompt: "train" for (prompt,) in prompts}
     return {
         f"ravel_city_{name}.json": json.dumps(content).encode() for name, content in files.items()
     }
