@@ -2,39 +2,38 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint test-bench
+.PHONY: demo test lint
 
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
 
-test: .venv/installed-dev .peers/installed
-	.venv/bin/python -m pytest
+# What `pip install sae-lens-matryoshka` brings, and then what the extra `eval` brings.
+test: .venv-plain/installed .peers/installed .venv/installed-dev
+	.venv-plain/bin/python -m pytest
+	.venv/bin/python -m pytest tests/evals
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
-# SAEBench pins older libraries than SAELens takes alone, so it has an environment of its own.
-test-bench: .venv-bench/installed
-	.venv-bench/bin/python -m pytest tests/bench
-
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -e .
+	.venv/bin/python $(PIP) -e '.[eval]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/python $(PIP) -e '.[dev]'
+	.venv/bin/python $(PIP) -e '.[eval,dev]'
+	touch $@
+
+# SAEBench asks for older libraries than SAELens takes alone.
+.venv-plain/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-plain
+	.venv-plain/bin/python $(PIP) -e '.[dev]'
 	touch $@
 
 # The libraries whose checkpoints are read, beside the environment: see tests/peers.
-.peers/installed: tests/peers/requirements.txt .venv/installed
+.peers/installed: tests/peers/requirements.txt .venv-plain/installed
 	rm -rf .peers
-	.venv/bin/python $(PIP) --no-deps --target .peers/site -r tests/peers/requirements.txt
-	touch $@
-
-.venv-bench/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python $(PIP) -e '.[bench,dev]'
+	.venv-plain/bin/python $(PIP) --no-deps --target .peers/site -r tests/peers/requirements.txt
 	touch $@

@@ -35,7 +35,8 @@ class Latent:
 
     def __str__(self) -> str:
         level = "" if self.level is None else f"level {self.level}, "
-        tokens = " ".join(f"`{token.strip() or token!r}`" for token in self.top_tokens)
+        shown = (token.strip() or repr(token)[1:-1] for token in self.top_tokens)
+        tokens = " ".join(f"`{token}`" for token in shown)
         return f"latent {self.index} ({level}{self.n_tokens} tokens: {tokens})"
 
 

@@ -1,0 +1,136 @@
+"""What `eval` refuses, before any language model loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lens_matryoshka import cli
+from sae_lens_matryoshka.evals import saebench
+from sae_lens_matryoshka.hub import load_sae
+from tests.evals.conftest import flags, run_eval
+
+META = flags("meta_structure")
+
+
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(saebench.subprocess, "Popen", refuse)
+
+
+def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
+    output = run_eval(tmp_path / "out", *words)
+    assert output.code == code, output.text
+    line = output.text.rpartition("\r")[2].strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trained", "--evals", "absorpton"], "'absorpton' is not an evaluation; accepted: absor"),
+        (["trained", "--evals", "core,tpp", "--scr.n_values=[2]"], "scr has settings and is not"),
+        (["trained", "--core.datset", "x"], "core.datset is not a setting of SAEBench; did you"),
+        (["trained", "--core.context_size=lots"], "core.context_size='lots' is not accepted: Inp"),
+        (["trained", "--core.model_name=gpt2"], "core.model_name is not to be set"),
+        (["trained", "--core.dataset"], "--core.dataset lacks a value."),
+        (["trained", "--sedes", "3"], "'--sedes' is not an option"),
+        (
+            ["trained", "--levels", "6"],
+            "levels=6 is not accepted: trained has the levels 1 to 5, of",
+        ),
+        (["trained", "--levels", "one"], "'one' is not accepted: give all, or numbers"),
+        (["random", "--levels", "1"], "has no level widths"),
+        (["trained", "--seeds", "0"], "n_seeds=0 is not accepted: give 1 or more."),
+        (
+            ["traned"],
+            "traned'; to load from the Hub, give an SAE's id as well; did you mean 'trained'?",
+        ),
+        (["no-release:blocks.1"], "'no-release' is neither a release of SAELens nor a repository"),
+        (
+            ["gemma-2-2b-res-matryoshka-dc:blocks.99.hook_resid_post"],
+            "has no SAE 'blocks.99.hook_resid_post'; did you mean",
+        ),
+    ],
+)
+def test_mistakes(tmp_path: Path, words: list[str], said: str) -> None:
+    assert said in refusal(tmp_path, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hook_name": "blocks.7.hook_resid_post"}, "has the layers 0 to 2"),
+        ({"hook_name": "model.layers.1"}, "hook_name='model.layers.1', and not of a place in one"),
+        ({"hook_name": "blocks.1.mlp.hook_post"}, "has d_in=128, and blocks.1.mlp.hook_post of "),
+        ({"model_name": "pythia-70m-deduplicated"}, "did you mean pythia-70m-deduped"),
+        ({"model_name": None}, "does not say its model: give --model."),
+    ],
+)
+def test_an_sae_that_does_not_fit_its_model(
+    tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
+    sae = load_sae("identity")
+    for name, value in changes.items():
+        setattr(sae.cfg.metadata, name, value)
+    sae.save_model(tmp_path / "sae")
+    assert said in refusal(tmp_path, str(tmp_path / "sae"), *META)
+
+
+def test_a_folder_with_other_results(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert "holds something other than evaluations" in refusal(tmp_path, "trained", *META)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_with_results_of_another_sae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens_matryoshka.evals import suite
+
+    monkeypatch.setattr(suite, "run_job", lambda job, workplace, finished: ({}, 0.0))
+    sae = load_sae("identity")
+    sae.save_model(tmp_path / "one" / "sae")
+    assert run_eval(tmp_path / "out", str(tmp_path / "one" / "sae"), *META).code == 0
+    assert "with other settings (train_steps)" in refusal(
+        tmp_path, str(tmp_path / "one" / "sae"), "--evals", "meta_structure"
+    )
+    with torch.no_grad():
+        sae.W_enc[0, 0] += 1
+    sae.save_model(tmp_path / "other" / "sae")
+    said = refusal(tmp_path, str(tmp_path / "other" / "sae"), *META)
+    assert "holds results of another SAE named sae, with other weights" in said
+    sae.cfg.metadata.model_name = "pythia-14m"
+    sae.save_model(tmp_path / "third" / "model")
+    said = refusal(tmp_path, str(tmp_path / "third" / "model"), *META)
+    assert "is of the model pythia-14m, and others are of pythia-70m-deduped" in said
+
+
+def test_without_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saebench.importlib.util, "find_spec", lambda name: None)
+    said = refusal(tmp_path, "trained", "--evals", "absorption")
+    assert "pip install 'sae-lens-matryoshka[eval]'" in said
+
+
+def test_dry_run_checks_what_is_here_and_names_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = "gemma-2-2b-res-matryoshka-dc:blocks.12.hook_resid_post"
+    words = ["trained", "nothing-yet", "--against", "random", release, "--levels", "1,5"]
+    assert cli.main(["eval", *words, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "nothing-yet: not there yet" in lines
+    assert any(line.startswith(f"{release}: ") and "not downloaded" in line for line in lines)
+    assert "trained, first 8: blocks.1.hook_resid_post, there" in lines
+    assert "random: blocks.1.hook_resid_post, there" in lines
+    assert not (tmp_path / "out").exists()
+    assert "levels=9" in refusal(tmp_path, "trained", "--levels", "9", "--dry-run")
