@@ -15,7 +15,7 @@ import yaml
 
 from sae_lens_matryoshka.cli_levels import widths_argument
 from sae_lens_matryoshka.dry_run import go_offline
-from sae_lens_matryoshka.evals.saebench import EVALUATIONS
+from sae_lens_matryoshka.evals.saebench import EVALUATIONS, installed
 from sae_lens_matryoshka.evals.suite import (
     DEFAULT_EVALUATIONS,
     Record,
@@ -73,6 +73,7 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
         "--dry-run", action="store_true", help="check names, levels and paths without a network"
     )
     parsed, others = parser.parse_known_args(words)
+    installed()
     settings = _settings(others)
     check_names(parsed.evals, settings)
     if parsed.device.startswith("cuda") and not torch.cuda.is_available() and not parsed.dry_run:

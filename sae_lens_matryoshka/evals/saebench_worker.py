@@ -334,6 +334,7 @@ def _absorption_guard(job: Job) -> str | None:
 
 def main(path: str) -> None:
     warnings.filterwarnings("ignore", message="Decoder weights are not normalized")
+    logging.basicConfig()
     order_vocabularies()
     job = Job.read(Path(path))
     candidates = [Candidate(**candidate) for candidate in job.candidates]
