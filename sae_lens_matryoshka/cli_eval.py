@@ -128,7 +128,7 @@ def _dry_run(
             else:
                 print(f"{source[0]}: not there yet")
     Record.read(out)
-    if here["saes"]:
+    if any(here.values()):
         try:
             plan = plan_suite(here["saes"], out, against=here["against"], **options)
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 
 from transformer_lens.loading_from_pretrained import (
     get_official_model_name,
@@ -26,6 +27,12 @@ def short_model_name(name: str) -> str:
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"TransformerLens does not know the model {name!r}{hint}") from None
     return official.rpartition("/")[2]
+
+
+def local_folder(model_name: str) -> Path | None:
+    """The folder that transformers takes a model from instead of the Hub, if there is one here."""
+    folder = Path(get_official_model_name(model_name))
+    return folder if folder.is_dir() else None
 
 
 def check_place(hook_name: str | None, d_in: int, model_name: str, label: str) -> None:

@@ -114,6 +114,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 label=sae,
             )
         axis.set(xscale="log", xlabel="width (latents)", ylabel=metric.label)
+        widths = sorted({row["width"] for row in rows})
+        axis.set_xticks(widths, list(map(str, widths)))
+        axis.minorticks_off()
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 

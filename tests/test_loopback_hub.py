@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from datasets import load_dataset
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -341,3 +342,13 @@ def test_saelens_uploads_and_loads(hub: LoopbackHub, tmp_path: Path) -> None:
     assert set(files) == {"one/cfg.json", "one/sae_weights.safetensors", "README.md"}
     for name in ("cfg.json", "sae_weights.safetensors"):
         assert files[f"one/{name}"] == (tmp_path / "sae" / name).read_bytes()
+
+
+def test_data_sets_are_read_by_the_real_client(hub: LoopbackHub, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)]
+    files = {"train.jsonl": "".join(rows).encode(), "test.jsonl": rows[0].encode()}
+    hub.add("ann/texts", files)
+    for streaming in (False, True):
+        data = load_dataset("ann/texts", cache_dir=str(tmp_path), streaming=streaming)
+        assert [row["text"] for row in data["train"]] == ["text 0", "text 1", "text 2"]
+        assert [row["text"] for row in data["test"]] == ["text 0"]

@@ -307,7 +307,9 @@ def _link(workplace: Path) -> None:
     for folder, entries in ((package, list(installed().iterdir())), (workplace, here)):
         for entry in entries:
             link = folder / entry.name
-            if entry.name != "artifacts" and not link.is_symlink() and not link.exists():
+            if link.is_symlink():
+                link.unlink()  # of a run that began elsewhere
+            if entry.name != "artifacts" and not link.exists():
                 link.symlink_to(entry.resolve())
 
 

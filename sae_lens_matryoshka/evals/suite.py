@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -25,11 +27,17 @@ from sae_lens_matryoshka.evals.saebench import (
 )
 from sae_lens_matryoshka.files import whole_file
 from sae_lens_matryoshka.levels import widths_of
-from sae_lens_matryoshka.places import check_place, short_model_name
+from sae_lens_matryoshka.places import check_place, local_folder, short_model_name
 
 DEFAULT_EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp", "core")
 RECORD = "evaluated.json"
 _KEPT = ".saebench"  # what SAEBench may use again, in the output folder
+_NOT_TO_BE_SET = {
+    "random_seed": "give --seeds",
+    "model_name": "the SAE says it, or --model",
+    "perform_scr": "scr and tpp are two evaluations",
+    **dict.fromkeys(("artifact_dir", "results_path", "model_cache_path"), "it is in --out"),
+}
 Settings = Mapping[str, Mapping[str, Any]]
 
 
@@ -39,6 +47,7 @@ class Record:
 
     Attributes:
         model_name: The one model of all SAEs.
+        model_sha256: Of its files, where the model is a folder; None where it is the Hub's.
         hook_names: Label → place in the model, of each SAE.
         fingerprints: Label → SHA-256 of the weights, of each SAE.
         candidates: SAEs and levels, in the order of tables.
@@ -48,6 +57,7 @@ class Record:
     """
 
     model_name: str
+    model_sha256: str | None = None
     hook_names: dict[str, str] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
@@ -96,6 +106,7 @@ class Plan:
     n_seeds: int
     device: str
     out: Path
+    outdated: list[str]  # evaluations whose settings changed before they had any result
 
 
 def plan_suite(
@@ -141,17 +152,19 @@ def plan_suite(
     record = Record.read(out)
     candidates: list[Candidate] = []
     for source, label in zip(sources, labels(sources), strict=True):
-        sae = load_whole(source, matryoshka_widths, model_name)
+        is_leveled = source in leveled
+        given_widths = matryoshka_widths if is_leveled else None
+        sae = load_whole(source, given_widths, model_name)
         record = _admitted(record, label, sae, out)
-        widths = _level_widths(sae, levels, label) if source in leveled else [sae.cfg.d_sae]
+        widths = _level_widths(sae, levels, label) if is_leveled else [sae.cfg.d_sae]
         candidates += [
             Candidate(
                 label=label,
                 source=source,
                 width=width,
                 d_sae=sae.cfg.d_sae,
-                is_baseline=source not in leveled,
-                matryoshka_widths=matryoshka_widths,
+                is_baseline=not is_leveled,
+                matryoshka_widths=given_widths,
                 model_name=model_name,
             )
             for width in widths
@@ -166,9 +179,14 @@ def plan_suite(
                 "SAEBench's files: rename a folder."
             )
     record.candidates = list({**by_key, **{c.key: c for c in candidates}}.values())
+    outdated = []
     for evaluation in evaluations:
-        _admit_settings(record, evaluation, dict((settings or {}).get(evaluation, {})), out)
-    return Plan(record, candidates, list(evaluations), n_seeds, device, out)
+        values = json.loads(json.dumps((settings or {}).get(evaluation, {})))
+        if record.settings.setdefault(evaluation, values) != values:
+            _refuse_other_settings(record, evaluation, values, out)
+            record.settings[evaluation] = values
+            outdated.append(evaluation)
+    return Plan(record, candidates, list(evaluations), n_seeds, device, out, outdated)
 
 
 def run_suite(plan: Plan) -> Record:
@@ -182,10 +200,12 @@ def run_suite(plan: Plan) -> Record:
     record, out = plan.record, plan.out
     out.mkdir(parents=True, exist_ok=True)
     record.write(out)
+    for evaluation in plan.outdated:
+        shutil.rmtree(out / _KEPT / evaluation, ignore_errors=True)
     n_rounds = {e: plan.n_seeds if EVALUATIONS[e].is_random else 1 for e in plan.evaluations}
     asked = {candidate.key for candidate in plan.candidates}
     with tqdm(total=sum(n_rounds.values()) * len(asked), unit="result", mininterval=1) as progress:
-        done = 0
+        start = 0
         for evaluation, n_seeds in n_rounds.items():
             known = record.not_run.get(evaluation, {})
             reasons = {key: reason for key, reason in known.items() if key not in asked}
@@ -193,11 +213,12 @@ def run_suite(plan: Plan) -> Record:
                 if asked <= reasons.keys():
                     break  # what no SAE could do with one seed, none will with another
                 progress.set_description(f"{evaluation}, seed {seed}")
-                reasons |= _run_round(plan, evaluation, seed, partial(_show, progress, done))
+                before = start + seed * len(asked)
+                reasons |= _run_round(plan, evaluation, seed, partial(_show, progress, before))
                 record.not_run[evaluation] = reasons
                 record.write(out)
-                done += len(asked)
-                _show(progress, done, 0)
+            start += n_seeds * len(asked)
+            _show(progress, start, 0)
     return record
 
 
@@ -259,8 +280,8 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
                     f"{evaluation}.{name} is not a setting of SAEBench; did you mean "
                     f"{' or '.join(near)}?"
                 )
-            if name in ("random_seed", "model_name"):
-                raise ValueError(f"{evaluation}.{name} is not to be set: give --seeds, --model.")
+            if name in _NOT_TO_BE_SET:
+                raise ValueError(f"{evaluation}.{name} is not to be set: {_NOT_TO_BE_SET[name]}.")
         try:
             config(**values)
         except ValidationError as error:
@@ -300,11 +321,17 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
     if metadata.model_name is None:
         raise ValueError(f"{label} does not say its model: give --model.")
     model_name = short_model_name(metadata.model_name)
-    record = record or Record(model_name)
+    model_sha256 = _local_model(model_name)
+    record = record or Record(model_name, model_sha256)
     if record.model_name != model_name:
         raise ValueError(
             f"{label} is of the model {model_name}, and others are of {record.model_name}: "
             "SAEs of one model are evaluated together, in a folder of their own."
+        )
+    if record.model_sha256 != model_sha256:
+        raise ValueError(
+            f"out={str(out)!r} holds results on another model named {model_name}: give another "
+            "folder."
         )
     if isinstance(sae, Transcoder):
         raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
@@ -319,12 +346,25 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
     return record
 
 
-def _admit_settings(record: Record, evaluation: str, settings: dict[str, Any], out: Path) -> None:
-    known = record.settings.setdefault(evaluation, settings)
-    if known != settings:
-        changed = sorted(
-            name for name in {*known, *settings} if known.get(name) != settings.get(name)
-        )
+def _local_model(model_name: str) -> str | None:
+    """SHA-256 of the files of a model that is a folder here; the probes in `out` are of one."""
+    folder = local_folder(model_name)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _refuse_other_settings(
+    record: Record, evaluation: str, values: dict[str, Any], out: Path
+) -> None:
+    """Raises: ValueError: there are results with the settings of the record."""
+    known = record.settings[evaluation]
+    if any((out / evaluation).rglob("*_eval_results.json")):
+        changed = [n for n in sorted({*known, *values}) if known.get(n) != values.get(n)]
         raise ValueError(
             f"out={str(out)!r} holds results of {evaluation} with other settings "
             f"({', '.join(changed)}): give another folder."

@@ -158,8 +158,12 @@ def _draw_scores(
             capsize=3,
             label=label if is_baseline else f"{label}, levels",
         )
-    axis.set_xscale("log")
     axis.grid(alpha=0.3)
+    xs = sorted({x for score in scores if (x := x_of(score.candidate)) is not None})
+    if xs and xs[-1] > 10 * xs[0]:
+        axis.set_xscale("log")
+        axis.set_xticks(xs, [f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in xs], rotation=45)
+        axis.minorticks_off()
 
 
 def _page(

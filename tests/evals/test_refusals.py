@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -11,7 +12,7 @@ import torch
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.evals import saebench
 from sae_lens_matryoshka.hub import load_sae
-from tests.evals.conftest import flags, run_eval
+from tests.evals.conftest import MODEL, flags, run_eval
 
 META = flags("meta_structure")
 
@@ -40,6 +41,7 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
         (["trained", "--core.datset", "x"], "core.datset is not a setting of SAEBench; did you"),
         (["trained", "--core.context_size=lots"], "core.context_size='lots' is not accepted: Inp"),
         (["trained", "--core.model_name=gpt2"], "core.model_name is not to be set"),
+        (["trained", "--scr.perform_scr=false"], "scr.perform_scr is not to be set: scr and tpp"),
         (["trained", "--core.dataset"], "--core.dataset lacks a value."),
         (["trained", "--sedes", "3"], "'--sedes' is not an option"),
         (
@@ -98,13 +100,25 @@ def test_a_folder_with_results_of_another_sae(
 ) -> None:
     from sae_lens_matryoshka.evals import suite
 
-    monkeypatch.setattr(suite, "run_job", lambda job, workplace, finished: ({}, 0.0))
+    def write_results(job: saebench.Job, *args: object) -> tuple[dict[str, str], float]:
+        job.out.mkdir(parents=True)
+        job.result("sae_width_256").write_text("{}")
+        return {}, 1.0
+
+    monkeypatch.setattr(suite, "run_job", write_results)
     sae = load_sae("identity")
     sae.save_model(tmp_path / "one" / "sae")
-    assert run_eval(tmp_path / "out", str(tmp_path / "one" / "sae"), *META).code == 0
+    one = [str(tmp_path / "one" / "sae"), "--seeds", "1"]
+    assert run_eval(tmp_path / "out", *one, *META).code == 0
     assert "with other settings (train_steps)" in refusal(
-        tmp_path, str(tmp_path / "one" / "sae"), "--evals", "meta_structure"
+        tmp_path, *one, "--evals", "meta_structure"
     )
+    model = tmp_path / "EleutherAI" / "pythia-70m-deduped"
+    shutil.copytree(MODEL, model)
+    monkeypatch.chdir(tmp_path)
+    said = refusal(tmp_path, *one, *META)
+    assert "holds results on another model named pythia-70m-deduped" in said
+    shutil.rmtree(model)
     with torch.no_grad():
         sae.W_enc[0, 0] += 1
     sae.save_model(tmp_path / "other" / "sae")
@@ -114,6 +128,43 @@ def test_a_folder_with_results_of_another_sae(
     sae.save_model(tmp_path / "third" / "model")
     said = refusal(tmp_path, str(tmp_path / "third" / "model"), *META)
     assert "is of the model pythia-14m, and others are of pythia-70m-deduped" in said
+
+
+def test_settings_may_change_before_there_is_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens_matryoshka.evals import suite
+
+    kept = tmp_path / "out" / ".saebench" / "core" / "seed_0" / "old"
+
+    def fail(job: saebench.Job, *args: object) -> tuple[dict[str, str], float]:
+        assert not kept.exists(), "what was made with the old settings is not used again"
+        return {"identity_width_256": "no such data set"}, 1.0
+
+    monkeypatch.setattr(suite, "run_job", fail)
+    words = ["identity", "--seeds", "1", "--evals", "core"]
+    assert run_eval(tmp_path / "out", *words, "--core.dataset=no/where").code == 1
+    kept.mkdir(parents=True)
+    again = run_eval(tmp_path / "out", *words, "--core.dataset=some/where")
+    assert again.code == 1
+    assert again.summary["settings"] == {"core": {"dataset": "some/where"}}
+
+
+def test_widths_are_those_of_the_saes_and_not_of_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens_matryoshka.evals import suite
+    from sae_lens_matryoshka.levels import truncate
+
+    monkeypatch.setattr(suite, "run_job", lambda *args: ({}, 0.0))
+    truncate(load_sae("trained"), 100).save_model(tmp_path / "narrow")
+    words = ["identity", "--matryoshka-widths", "64,256", "--against", str(tmp_path / "narrow")]
+    out = run_eval(tmp_path / "out", *words, *META)
+    assert [(s["label"], s["width"]) for s in out.summary["saes"]] == [
+        ("identity", 64),
+        ("identity", 256),
+        ("narrow", 100),
+    ]
 
 
 def test_without_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
