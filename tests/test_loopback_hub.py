@@ -37,6 +37,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http
 
+from tests.conftest import HUB
 from tests.loopback_hub import LoopbackHub
 
 REPO = "ann/saes"
@@ -344,10 +345,10 @@ def test_saelens_uploads_and_loads(hub: LoopbackHub, tmp_path: Path) -> None:
         assert files[f"one/{name}"] == (tmp_path / "sae" / name).read_bytes()
 
 
-def test_data_sets_are_read_by_the_real_client(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_data_sets_are_read_by_the_real_client(tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)]
     files = {"train.jsonl": "".join(rows).encode(), "test.jsonl": rows[0].encode()}
-    hub.add("ann/texts", files)
+    HUB.add("ann/texts", files)  # that of all tests, whose address datasets took at its import
     for streaming in (False, True):
         data = load_dataset("ann/texts", cache_dir=str(tmp_path), streaming=streaming)
         assert [row["text"] for row in data["train"]] == ["text 0", "text 1", "text 2"]
