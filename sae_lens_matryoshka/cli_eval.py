@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 
 from sae_lens_matryoshka.cli_levels import widths_argument
@@ -21,6 +20,7 @@ from sae_lens_matryoshka.evals.suite import (
     Record,
     Settings,
     check_names,
+    check_options,
     plan_suite,
     run_suite,
 )
@@ -76,8 +76,9 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
     installed()
     settings = _settings(others)
     check_names(parsed.evals, settings)
-    if parsed.device.startswith("cuda") and not torch.cuda.is_available() and not parsed.dry_run:
-        raise ValueError(f"--device={parsed.device!r} is not accepted: PyTorch sees no CUDA here.")
+    # A dry run may be for another machine.
+    device = "cpu" if parsed.dry_run else parsed.device
+    check_options(parsed.out, parsed.seeds, parsed.model, device)
     options = {
         "levels": None if parsed.levels == "all" else parsed.levels,
         "evaluations": parsed.evals,
@@ -85,7 +86,7 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
         "settings": settings,
         "matryoshka_widths": parsed.matryoshka_widths,
         "model_name": parsed.model,
-        "device": parsed.device,
+        "device": device,
     }
     saes, against = ([_source(text) for text in texts] for texts in (parsed.saes, parsed.against))
     run = _dry_run if parsed.dry_run else _evaluate
@@ -99,7 +100,7 @@ def _evaluate(
     signal.signal(signal.SIGTERM, _stop)  # so that SAEBench, in a process of its own, ends too
     try:
         record = run_suite(plan)
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit):
         write_report(plan.record, out)  # on what is finished
         raise
     print(f"\n{write_report(record, out)}\n\n{out / 'report.html'} has the same with plots.")

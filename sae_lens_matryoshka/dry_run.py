@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import LanguageModelSAERunnerConfig
 
+from sae_lens_matryoshka.files import check_writable
 from sae_lens_matryoshka.places import check_place, short_model_name
 
 _BYTES = 16  # of a float32 parameter with its gradient and Adam's two moments
@@ -43,7 +43,8 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     if not Path(cfg.dataset_path).exists():
         lines.append(f"{cfg.dataset_path}: a name of the Hub, not looked up")
     for name in ("output_path", "checkpoint_path"):
-        _check_writable(name, getattr(cfg, name))
+        if getattr(cfg, name) is not None:
+            check_writable(name, Path(getattr(cfg, name)))
     widths = getattr(cfg.sae, "matryoshka_widths", None)
     if widths:
         lines.append(f"levels of {', '.join(map(str, widths))} latents")
@@ -66,13 +67,3 @@ def _check_dataset(name: str) -> None:
         raise ValueError(
             f"dataset_path={name!r} is neither a folder nor a name of the Hub: {error}"
         ) from error
-
-
-def _check_writable(name: str, path: str | None) -> None:
-    if path is None:
-        return
-    existing = Path(path).resolve()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}={path!r} can't be written to: {existing} does not let.")

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name only when they are whole."""
+"""Files and folders that appear under their name only when they are whole, or can at all."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Check that a folder can be made at `path`, or written to.
+
+    Raises:
+        ValueError: it can't; the sentence calls it `name`.
+    """
+    existing = path.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{name}={str(path)!r} can't be written to: {existing} does not let.")

@@ -14,7 +14,7 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 
 def short_model_name(name: str) -> str:
-    """The name of a model without its owner, as SAEBench's tables have it.
+    """The name of a model as SAEBench's tables have it: without its owner, where that is a name.
 
     Raises:
         ValueError: TransformerLens, which loads the model, does not know it.
@@ -26,7 +26,11 @@ def short_model_name(name: str) -> str:
         near = difflib.get_close_matches(name.rpartition("/")[2], names, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(f"TransformerLens does not know the model {name!r}{hint}") from None
-    return official.rpartition("/")[2]
+    short = official.rpartition("/")[2]
+    try:
+        return short if get_official_model_name(short) == official else official
+    except ValueError:  # not every model has a name without its owner
+        return official
 
 
 def local_folder(model_name: str) -> Path | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,21 +89,28 @@ def load_whole(
 
 
 def fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 of the weights of an SAE, whatever folder they lie in."""
-    digest = hashlib.sha256()
+    """SHA-256 of what an SAE computes and where: weights, config and place."""
+    config = sae.cfg.to_dict()
+    metadata = config.pop("metadata", {})
+    config.pop("device", None)
+    place = {name: metadata.get(name) for name in ("model_name", "hook_name", "prepend_bos")}
+    described = json.dumps([config, place], sort_keys=True, default=str)
+    digest = hashlib.sha256(described.encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def labels(sources: Sequence[Sequence[str]]) -> list[str]:
-    """A label of each source: the end of a folder's path that no other has, or release:id."""
+def labels(sources: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:
+    """A label of each source that no other has: the end of a folder's path, or release:id."""
     parts = [Path(source[0]).resolve().parts if len(source) == 1 else () for source in sources]
-    result = []
+    result: list[str] = []
     for source, own in zip(sources, parts, strict=True):
         n = 1
-        while sum(other[-n:] == own[-n:] for other in parts) > 1 and n < len(own):
+        while n < len(own) and (
+            sum(other[-n:] == own[-n:] for other in parts) > 1 or "/".join(own[-n:]) in taken
+        ):
             n += 1
         result.append("/".join(own[-n:]) if own else ":".join(source))
     return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -50,6 +51,7 @@ class Evaluation(NamedTuple):
         config: The class of its settings.
         metrics: What is shown of it, the headline first.
         is_random: Whether the seed changes anything.
+        is_ranked: Whether SAEs are ranked by it where their intervals are apart.
         note: What is known of how far it can be trusted.
         needs: An account or a key that it cannot do without.
     """
@@ -58,6 +60,7 @@ class Evaluation(NamedTuple):
     config: str
     metrics: tuple[Metric, ...]
     is_random: bool = True
+    is_ranked: bool = True
     note: str | None = None
     needs: str | None = None
 
@@ -99,6 +102,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             Metric("scr_metrics.scr_metric_threshold_20", "SCR, 20 latents"),
             Metric("scr_metrics.scr_metric_threshold_5", "SCR, 5 latents"),
         ),
+        is_ranked=False,
         note=_UNRELIABLE,
     ),
     "tpp": Evaluation(
@@ -108,6 +112,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             Metric("tpp_metrics.tpp_threshold_20_total_metric", "TPP, 20 latents"),
             Metric("tpp_metrics.tpp_threshold_5_total_metric", "TPP, 5 latents"),
         ),
+        is_ranked=False,
         note=_UNRELIABLE,
     ),
     "core": Evaluation(
@@ -227,6 +232,23 @@ def result_file(folder: Path, evaluation: str, key: str) -> Path:
     if evaluation in ("scr", "tpp"):  # which add a folder of their own
         folder = folder / evaluation
     return folder / f"{key}_custom_sae_eval_results.json"
+
+
+def shown(result: Path, evaluation: str) -> dict[Metric, float]:
+    """The numbers of a result that are shown; none of a file that is not there or cut off."""
+    try:
+        content = json.loads(result.read_text())["eval_result_metrics"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+    values = {
+        metric: content.get((parts := metric.key.split("."))[0], {}).get(parts[1])
+        for metric in EVALUATIONS[evaluation].metrics
+    }
+    return {
+        metric: float(value)
+        for metric, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 def is_whole(result: Path) -> bool:

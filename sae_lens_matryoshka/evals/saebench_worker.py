@@ -135,11 +135,13 @@ def _encode_words_once(config: Any, n_words: int, sae: SAE[Any]) -> None:
 
 
 def run_sparse_probing(saes: Seeded, job: Job) -> None:
-    from sae_bench.evals.sparse_probing.main import run_eval
+    from sae_bench.evals.sparse_probing import main as probing
 
+    _reseed_in(probing, "get_dataset_activations", job.seed)
+    _reseed_in(probing.activation_collection, "get_sae_meaned_activations", job.seed)
     config = make_config(job)
     _at_most_d_sae(saes, config, "k_values")
-    run_eval(config, saes, job.device, str(job.out), artifacts_path="artifacts")
+    probing.run_eval(config, saes, job.device, str(job.out), artifacts_path="artifacts")
 
 
 def run_sae_probes(saes: Seeded, job: Job) -> None:
@@ -160,11 +162,13 @@ def run_tpp(saes: Seeded, job: Job) -> None:
 
 
 def _scr_or_tpp(saes: Seeded, job: Job, perform_scr: bool) -> None:
-    from sae_bench.evals.scr_and_tpp.main import run_eval
+    from sae_bench.evals.scr_and_tpp import main as erasure
 
+    _reseed_in(erasure, "get_dataset_activations", job.seed)
+    _reseed_in(erasure, "get_all_node_effects_for_one_sae", job.seed)
     config = make_config(job, perform_scr=perform_scr)
     _at_most_d_sae(saes, config, "n_values")
-    run_eval(config, saes, job.device, str(job.out), artifacts_path="artifacts")
+    erasure.run_eval(config, saes, job.device, str(job.out), artifacts_path="artifacts")
 
 
 def run_core(saes: Seeded, job: Job) -> None:
@@ -269,6 +273,18 @@ RUNNERS: dict[str, Callable[[Seeded, Job], None]] = {
 assert RUNNERS.keys() == EVALUATIONS.keys()
 
 
+def _reseed_in(module: Any, name: str, seed: int) -> None:
+    """Let a function begin from the seed: one that is called before the probes of the model are
+    trained, and one after. Whether they were trained by an SAE before then changes nothing."""
+    function = getattr(module, name)
+
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        seed_everything(seed)
+        return function(*args, **kwargs)
+
+    setattr(module, name, seeded)
+
+
 def _at_most_d_sae(saes: Seeded, config: Any, name: str) -> None:
     """Let each SAE be asked for numbers of latents that it has."""
     values = getattr(config, name)
@@ -296,9 +312,20 @@ def run(job: Job, saes: list[Named]) -> dict[str, str]:
     Returns:
         Name → reason, of the SAEs that have no result.
     """
+    if job.evaluation != "absorption":
+        return _run(job, saes)
+    failures: dict[str, str] = {}
+    # Its guard ends a run at a layer in which the letters can't be told, for all SAEs.
+    for layer in sorted({_layer(sae) for _, sae in saes}):
+        failures |= _run(job, [(name, sae) for name, sae in saes if _layer(sae) == layer])
+    return failures
+
+
+def _run(job: Job, saes: list[Named]) -> dict[str, str]:
     errors = _Errors()
     logging.getLogger().addHandler(errors)
     failures: dict[str, str] = {}
+    names = [name for name, _ in saes]
     while saes:
         batch = Seeded(saes, job.seed)
         try:
@@ -313,19 +340,24 @@ def run(job: Job, saes: list[Named]) -> dict[str, str]:
             saes = saes[batch.current + 1 :]
     for name, _ in saes:
         if not is_whole(job.result(name)):
-            failures[name] = _absorption_guard(job) or errors.last or "no result, no error"
+            guard = _absorption_guard(job, names)
+            failures[name] = guard or errors.last or "SAEBench gave no result and no error"
     return failures
 
 
-def _absorption_guard(job: Job) -> str | None:
-    """Why absorption, which stops without an error, gave no result."""
-    probed = sorted(Path("artifacts", "absorption").glob("*_k_sparse_probing.json"))
-    if job.evaluation != "absorption" or not probed:
+def _absorption_guard(job: Job, names: list[str]) -> str | None:
+    """Why absorption, which stops without an error, gave no result on SAEs of one layer."""
+    folder = Path("artifacts", "absorption")
+    files = [folder / f"{name}_custom_sae_k_sparse_probing.json" for name in names]
+    probed = next((file for file in files if file.exists()), None)
+    if job.evaluation != "absorption" or probed is None:
         return None
     config = make_config(job)
-    # The probes read the model, so they are the same for every SAE of this layer.
-    f1 = [row["f1_probe"] for row in json.loads(probed[0].read_text())]
+    # The probes read the model, so they are the same for every SAE of the layer.
+    f1 = [row["f1_probe"] for row in json.loads(probed.read_text())]
     found = sum(score > config.min_GT_probe_f1 for score in f1)
+    if found >= config.min_feats_for_eval:
+        return None
     return (
         f"linear probes find {found} of 26 first letters in this model (F1 above "
         f"{config.min_GT_probe_f1}), and SAEBench asks for {config.min_feats_for_eval}"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product, starmap
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 from scipy import stats
 
 from sae_lens_matryoshka.evals.candidates import Candidate
-from sae_lens_matryoshka.evals.saebench import EVALUATIONS, L0, Metric, result_file
+from sae_lens_matryoshka.evals.saebench import EVALUATIONS, L0, Metric, result_file, shown
 from sae_lens_matryoshka.evals.suite import Record
 from sae_lens_matryoshka.files import whole_file
 
@@ -72,7 +70,7 @@ def read_scores(record: Record, out: Path) -> list[Score]:
             by_metric: dict[Metric, dict[int, float]] = {}
             for seed in seeds:
                 file = result_file(out / evaluation / f"seed_{seed}", evaluation, candidate.key)
-                for metric, value in _values(file, EVALUATIONS[evaluation].metrics):
+                for metric, value in shown(file, evaluation).items():
                     by_metric.setdefault(metric, {})[seed] = value
             for metric, values in by_metric.items():
                 scores.append(Score(evaluation, metric, candidate, values))
@@ -103,13 +101,18 @@ def comparisons(scores: list[Score]) -> list[str]:
         ]
         own = [score for score in whole if not score.candidate.is_baseline]
         baselines = [score for score in whole if score.candidate.is_baseline]
-        sentences += starmap(_compared, product(own, baselines))
+        sentences += [_compared(*pair, scores) for pair in product(own, baselines)]
     return sentences
 
 
-def _compared(own: Score, other: Score) -> str:
-    names = f"{own.candidate.label} {spread(own)}, {other.candidate.label} {spread(other)}"
-    if own.interval is None or other.interval is None:
+def _compared(own: Score, other: Score, scores: list[Score]) -> str:
+    names = ", ".join(
+        f"{score.candidate.label} {spread(score)} ({_told_l0(scores, score.candidate)})"
+        for score in (own, other)
+    )
+    if not EVALUATIONS[own.evaluation].is_ranked:
+        verdict = "not ranked, read it as a range"
+    elif own.interval is None or other.interval is None:
         verdict = (
             "not ranked, from one seed"
             if EVALUATIONS[own.evaluation].is_random
@@ -122,6 +125,11 @@ def _compared(own: Score, other: Score) -> str:
         better = own.candidate.label if is_better else other.candidate.label
         verdict = f"{better} is better, the {CONFIDENCE:.0%} intervals are apart"
     return f"{own.metric.label}: {names}: {verdict}."
+
+
+def _told_l0(scores: list[Score], candidate: Candidate) -> str:
+    l0 = l0_of(scores, candidate)
+    return "L0 not measured" if l0 is None else f"L0 {l0:.3g}"
 
 
 def spread(score: Score) -> str:
@@ -183,15 +191,3 @@ def not_run(record: Record) -> list[tuple[str, str, str]]:
         for evaluation, reasons in record.not_run.items()
         for key, reason in reasons.items()
     ]
-
-
-def _values(file: Path, metrics: tuple[Metric, ...]) -> Iterator[tuple[Metric, float]]:
-    try:
-        content: Any = json.loads(file.read_text())["eval_result_metrics"]
-    except (FileNotFoundError, ValueError):
-        return
-    for metric in metrics:
-        category, name = metric.key.split(".")
-        value = content.get(category, {}).get(name)
-        if value is not None and math.isfinite(value):
-            yield metric, float(value)

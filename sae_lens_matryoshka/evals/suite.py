@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from sae_lens import SAE, Transcoder
 from tqdm.auto import tqdm
@@ -24,14 +26,17 @@ from sae_lens_matryoshka.evals.saebench import (
     installed,
     obstacle,
     run_job,
+    shown,
 )
-from sae_lens_matryoshka.files import whole_file
+from sae_lens_matryoshka.files import check_writable, whole_file
 from sae_lens_matryoshka.levels import widths_of
 from sae_lens_matryoshka.places import check_place, local_folder, short_model_name
 
 DEFAULT_EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp", "core")
 RECORD = "evaluated.json"
+_LOCK = ".lock"
 _KEPT = ".saebench"  # what SAEBench may use again, in the output folder
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 _NOT_TO_BE_SET = {
     "random_seed": "give --seeds",
     "model_name": "the SAE says it, or --model",
@@ -74,15 +79,20 @@ class Record:
         """
         file = out / RECORD
         if not file.exists():
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if out.exists() and (
+                not out.is_dir() or {path.name for path in out.iterdir()} - {_LOCK}
+            ):
                 raise ValueError(
                     f"out={str(out)!r} holds something other than evaluations: give a new or an "
                     "empty folder."
                 )
             return None
-        content = json.loads(file.read_text())
-        candidates = [Candidate(**candidate) for candidate in content.pop("candidates")]
-        return cls(**content, candidates=candidates)
+        try:
+            content = json.loads(file.read_text())
+            candidates = [Candidate(**candidate) for candidate in content.pop("candidates")]
+            return cls(**content, candidates=candidates)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} is no record of evaluations: {error}") from error
 
     def write(self, out: Path) -> None:
         content = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -92,8 +102,8 @@ class Record:
 
     def seeds(self, out: Path, evaluation: str) -> list[int]:
         """Those that an evaluation was run with."""
-        folders = (out / evaluation).glob("seed_*")
-        return sorted(int(folder.name.removeprefix("seed_")) for folder in folders)
+        names = [folder.name.removeprefix("seed_") for folder in (out / evaluation).glob("seed_*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
 
 @dataclass
@@ -145,13 +155,14 @@ def plan_suite(
     """
     installed()
     check_names(evaluations, settings or {})
-    if n_seeds < 1:
-        raise ValueError(f"n_seeds={n_seeds} is not accepted: give 1 or more.")
+    check_options(out, n_seeds, model_name, device)
     leveled, baselines = _resolved(saes), _resolved(against)
+    if both := set(leveled) & set(baselines):
+        raise ValueError(f"{':'.join(both.pop())} is to be evaluated against itself: give another.")
     sources = list(dict.fromkeys([*leveled, *baselines]))
     record = Record.read(out)
     candidates: list[Candidate] = []
-    for source, label in zip(sources, labels(sources), strict=True):
+    for source, label in zip(sources, _labels(sources, record), strict=True):
         is_leveled = source in leveled
         given_widths = matryoshka_widths if is_leveled else None
         sae = load_whole(source, given_widths, model_name)
@@ -171,6 +182,11 @@ def plan_suite(
         ]
     if record is None:
         raise ValueError("there is no SAE to evaluate.")
+    if record.model_sha256 != _local_model(record.model_name):
+        raise ValueError(
+            f"out={str(out)!r} holds results on another model named {record.model_name}: give "
+            "another folder."
+        )
     by_key = {candidate.key: candidate for candidate in record.candidates}
     for candidate in candidates:
         if by_key.setdefault(candidate.key, candidate).label != candidate.label:
@@ -197,8 +213,17 @@ def run_suite(plan: Plan) -> Record:
     Returns:
         The record of `plan.out`, which tells what could not be run, and why.
     """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(plan.out / _LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            return _run_locked(plan)
+    except Timeout as error:
+        raise ValueError(f"out={str(plan.out)!r} is being written to by another run.") from error
+
+
+def _run_locked(plan: Plan) -> Record:
     record, out = plan.record, plan.out
-    out.mkdir(parents=True, exist_ok=True)
     record.write(out)
     for evaluation in plan.outdated:
         shutil.rmtree(out / _KEPT / evaluation, ignore_errors=True)
@@ -210,13 +235,14 @@ def run_suite(plan: Plan) -> Record:
             known = record.not_run.get(evaluation, {})
             reasons = {key: reason for key, reason in known.items() if key not in asked}
             for seed in range(n_seeds):
-                if asked <= reasons.keys():
-                    break  # what no SAE could do with one seed, none will with another
                 progress.set_description(f"{evaluation}, seed {seed}")
                 before = start + seed * len(asked)
-                reasons |= _run_round(plan, evaluation, seed, partial(_show, progress, before))
+                failed = _run_round(plan, evaluation, seed, partial(_show, progress, before))
+                reasons |= failed
                 record.not_run[evaluation] = reasons
                 record.write(out)
+                if asked <= failed.keys():
+                    break  # what no SAE could do with one seed, none will with another
             start += n_seeds * len(asked)
             _show(progress, start, 0)
     return record
@@ -256,7 +282,25 @@ def _run_round(
     failures, seconds = run_job(job, kept / f"seed_{seed}", finished)
     if seconds:
         record.seconds.setdefault(evaluation, []).append(round(seconds, 1))
+    for candidate in possible:
+        if candidate.key not in failures and not shown(job.result(candidate.key), evaluation):
+            failures[candidate.key] = "the result has none of the numbers that are shown"
     return {**obstacles, **failures}
+
+
+def check_options(out: Path, n_seeds: int, model_name: str | None, device: str) -> None:
+    """Raises: ValueError: one of these can't be, whatever is evaluated."""
+    if n_seeds < 1:
+        raise ValueError(f"n_seeds={n_seeds} is not accepted: give 1 or more.")
+    if model_name is not None:
+        short_model_name(model_name)
+    check_writable("out", out)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not accepted: give cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} is not accepted: PyTorch sees no CUDA here.")
 
 
 def check_names(evaluations: Sequence[str], settings: Settings) -> None:
@@ -282,6 +326,7 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
                 )
             if name in _NOT_TO_BE_SET:
                 raise ValueError(f"{evaluation}.{name} is not to be set: {_NOT_TO_BE_SET[name]}.")
+            _check_value(f"{evaluation}.{name}", values[name])
         try:
             config(**values)
         except ValidationError as error:
@@ -292,11 +337,39 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
             ) from error
 
 
+def _check_value(name: str, value: Any) -> None:
+    """What SAEBench's types let pass and its evaluations don't."""
+    field = name.rpartition(".")[2]
+    if field in ("llm_dtype", "dtype") and value not in _DTYPES:
+        raise ValueError(f"{name}={value!r} is not accepted: give {' or '.join(_DTYPES)}.")
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers:
+        raise ValueError(f"{name}=[] is not accepted: give a list that is not empty.")
+    for number in numbers:
+        if field == "prompt_token_pos" or isinstance(number, bool):  # which counts from the end
+            continue
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name}={value!r} is not accepted: give positive integers.")
+    if isinstance(value, str) and value.startswith(("./", "../", "/", "~")):
+        if not Path(value).expanduser().is_absolute():
+            raise ValueError(f"{name}={value!r} is not accepted: give an absolute path.")
+        if not Path(value).expanduser().exists():
+            raise ValueError(f"{name}={value!r} does not exist.")
+
+
 def _resolved(sources: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     return [
         (str(Path(source[0]).resolve()),) if len(source) == 1 else tuple(source)
         for source in sources
     ]
+
+
+def _labels(sources: Sequence[tuple[str, ...]], record: Record | None) -> list[str]:
+    """Labels of the sources: what the record calls those that it knows, new ones for the others."""
+    known = {tuple(c.source): c.label for c in record.candidates} if record is not None else {}
+    fresh = [source for source in sources if source not in known]
+    named = dict(zip(fresh, labels(fresh, known.values()), strict=True))
+    return [{**known, **named}[source] for source in sources]
 
 
 def _level_widths(sae: SAE[Any], levels: Sequence[int] | None, label: str) -> list[int]:
@@ -321,17 +394,11 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
     if metadata.model_name is None:
         raise ValueError(f"{label} does not say its model: give --model.")
     model_name = short_model_name(metadata.model_name)
-    model_sha256 = _local_model(model_name)
-    record = record or Record(model_name, model_sha256)
+    record = record or Record(model_name, _local_model(model_name))
     if record.model_name != model_name:
         raise ValueError(
             f"{label} is of the model {model_name}, and others are of {record.model_name}: "
             "SAEs of one model are evaluated together, in a folder of their own."
-        )
-    if record.model_sha256 != model_sha256:
-        raise ValueError(
-            f"out={str(out)!r} holds results on another model named {model_name}: give another "
-            "folder."
         )
     if isinstance(sae, Transcoder):
         raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
@@ -339,8 +406,8 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
     weights = fingerprint(sae)
     if record.fingerprints.setdefault(label, weights) != weights:
         raise ValueError(
-            f"out={str(out)!r} holds results of another SAE named {label}, with other weights: "
-            "give another folder."
+            f"out={str(out)!r} holds results of another SAE named {label}, with other weights or "
+            "settings: give another folder."
         )
     record.hook_names[label] = metadata.hook_name
     return record

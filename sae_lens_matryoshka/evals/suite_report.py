@@ -60,19 +60,27 @@ def _cells(record: Record, scores: list[Score]) -> tuple[list[str], list[list[st
     """Titles of the columns, and the rows in the order of the candidates: never by score."""
     by_cell = {(score.candidate.key, score.metric): score for score in scores}
     metrics = list(dict.fromkeys(score.metric for score in scores))
+    n_seeds = {m: max(len(s.values) for s in scores if s.metric == m) for m in metrics}
     columns = ["SAE", "width", *(metric.label for metric in metrics)]
     rows = [
         [
             candidate.label,
             str(candidate.width),
             *(
-                spread(score) if (score := by_cell.get((candidate.key, metric))) else ""
+                _cell(score, n_seeds[metric])
+                if (score := by_cell.get((candidate.key, metric)))
+                else ""
                 for metric in metrics
             ),
         ]
         for candidate in record.candidates
     ]
     return columns, rows
+
+
+def _cell(score: Score, n_seeds: int) -> str:
+    n = len(score.values)
+    return spread(score) if n == n_seeds else f"{spread(score)} ({n} of {n_seeds} seeds)"
 
 
 def _remarks(record: Record, scores: list[Score]) -> list[str]:

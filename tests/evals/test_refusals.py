@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from filelock import FileLock
 
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.evals import saebench
@@ -42,6 +44,23 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
         (["trained", "--core.context_size=lots"], "core.context_size='lots' is not accepted: Inp"),
         (["trained", "--core.model_name=gpt2"], "core.model_name is not to be set"),
         (["trained", "--scr.perform_scr=false"], "scr.perform_scr is not to be set: scr and tpp"),
+        (
+            ["trained", "--tpp.dataset_names=[]"],
+            "tpp.dataset_names=[] is not accepted: give a list",
+        ),
+        (["trained", "--scr.n_values=[-1]"], "scr.n_values=[-1] is not accepted: give positive"),
+        (
+            ["trained", "--core.llm_dtype=f8"],
+            "core.llm_dtype='f8' is not accepted: give float32 or",
+        ),
+        (["trained", "--core.dataset=../x"], "core.dataset='../x' is not accepted: give an absolu"),
+        (["trained", "--core.dataset=/no/x"], "core.dataset='/no/x' does not exist."),
+        (["trained", "--device", "foo"], "device='foo' is not accepted: give cpu, cuda or cuda:N"),
+        (["trained", "--device", "cuda"], "device='cuda' is not accepted: PyTorch sees no CUDA"),
+        (["trained", "--model", "gpt99"], "TransformerLens does not know the model 'gpt99'"),
+        (["trained", "--against", "trained"], "is to be evaluated against itself: give another."),
+        (["nothing", "--seeds", "0", "--dry-run"], "n_seeds=0 is not accepted"),
+        (["nothing", "--model", "gpt99", "--dry-run"], "does not know the model 'gpt99'"),
         (["trained", "--core.dataset"], "--core.dataset lacks a value."),
         (["trained", "--sedes", "3"], "'--sedes' is not an option"),
         (
@@ -101,8 +120,11 @@ def test_a_folder_with_results_of_another_sae(
     from sae_lens_matryoshka.evals import suite
 
     def write_results(job: saebench.Job, *args: object) -> tuple[dict[str, str], float]:
-        job.out.mkdir(parents=True)
-        job.result("sae_width_256").write_text("{}")
+        job.out.mkdir(parents=True, exist_ok=True)
+        metrics = {"meta_structure": {"decoder_fraction_variance_explained": 0.5}}
+        for fields in job.candidates:
+            key = saebench.Candidate(**fields).key
+            job.result(key).write_text(json.dumps({"eval_result_metrics": metrics}))
         return {}, 1.0
 
     monkeypatch.setattr(suite, "run_job", write_results)
@@ -121,9 +143,19 @@ def test_a_folder_with_results_of_another_sae(
     shutil.rmtree(model)
     with torch.no_grad():
         sae.W_enc[0, 0] += 1
-    sae.save_model(tmp_path / "other" / "sae")
-    said = refusal(tmp_path, str(tmp_path / "other" / "sae"), *META)
+    sae.save_model(tmp_path / "one" / "sae")
+    said = refusal(tmp_path, *one, *META)
     assert "holds results of another SAE named sae, with other weights" in said
+    with torch.no_grad():
+        sae.W_enc[0, 0] -= 1
+    sae.cfg.apply_b_dec_to_input = False
+    sae.save_model(tmp_path / "one" / "sae")
+    assert "with other weights or settings: give another folder" in refusal(tmp_path, *one, *META)
+
+    # One of the same name elsewhere gets a longer one.
+    sae.save_model(tmp_path / "other" / "sae")
+    both = run_eval(tmp_path / "out", str(tmp_path / "other" / "sae"), "--seeds", "1", *META)
+    assert [row["label"] for row in both.summary["saes"]] == ["sae", "other/sae"]
     sae.cfg.metadata.model_name = "pythia-14m"
     sae.save_model(tmp_path / "third" / "model")
     said = refusal(tmp_path, str(tmp_path / "third" / "model"), *META)
@@ -165,6 +197,33 @@ def test_widths_are_those_of_the_saes_and_not_of_baselines(
         ("identity", 256),
         ("narrow", 100),
     ]
+
+
+def test_a_result_without_numbers_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens_matryoshka.evals import suite
+
+    monkeypatch.setattr(suite, "run_job", lambda *args: ({}, 0.0))
+    out = run_eval(tmp_path / "out", "random", "--seeds", "1", *META)
+    assert out.code == 1
+    assert [row["reason"] for row in out.summary["not_run"]] == [
+        "the result has none of the numbers that are shown"
+    ]
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert "is being written to by another run" in refusal(tmp_path, "random", *META)
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_damaged_record(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for content in ('{"model_name": "m", "candi', '{"model_name": "m", "candidates": [], "x": 1}'):
+        (tmp_path / "out" / "evaluated.json").write_text(content)
+        assert "evaluated.json is no record of evaluations: " in refusal(tmp_path, "random", *META)
 
 
 def test_without_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,7 @@ from sae_lens_matryoshka.hub import load_sae
 OURS = Candidate("ours", ["ours"], 64, 64)
 LEVEL = OURS._replace(width=16)
 BASE = Candidate("base", ["base"], 64, 64, is_baseline=True)
-SCR = EVALUATIONS["scr"].metrics[0]
-ABSORPTION = EVALUATIONS["absorption"].metrics[0]
+RAVEL = EVALUATIONS["ravel"].metrics[0]
 seeds_of_values = st.lists(st.floats(-1, 1), min_size=2, max_size=6).map(
     lambda values: dict(enumerate(values))
 )
@@ -50,7 +49,7 @@ def test_interval_is_students() -> None:
 def test_apart_means_that_no_number_is_in_both_intervals(
     a: dict[int, float], b: dict[int, float]
 ) -> None:
-    ours, base = Score("scr", SCR, OURS, a), Score("scr", SCR, BASE, b)
+    ours, base = Score("ravel", RAVEL, OURS, a), Score("ravel", RAVEL, BASE, b)
     assert ours.interval is not None
     assert base.interval is not None
     low, high = max(ours.interval[0], base.interval[0]), min(ours.interval[1], base.interval[1])
@@ -63,21 +62,29 @@ def test_apart_means_that_no_number_is_in_both_intervals(
 def test_only_what_is_apart_is_ranked() -> None:
     level = score(LEVEL, 9, 9, 9)
     assert comparisons([score(OURS, 0.1, 0.2, 0.3), level, score(BASE, 0.2, 0.3, 0.4)]) == [
-        "SCR, 20 latents: ours 0.200 ± 0.100, base 0.300 ± 0.100: not ranked, the 95% intervals of "
-        "the means overlap."
+        "SCR, 20 latents: ours 0.200 ± 0.100 (L0 not measured), base 0.300 ± 0.100 (L0 not "
+        "measured): not ranked, read it as a range."
     ]
     apart = comparisons([score(OURS, 0.10, 0.11, 0.12), score(BASE, 0.4, 0.41, 0.42)])
-    assert apart[0].endswith("base is better, the 95% intervals are apart.")
+    assert apart[0].endswith("not ranked, read it as a range."), "SCR is never ranked"
+    close = [score(OURS, 1, 2, 3, evaluation="ravel"), score(BASE, 2, 3, 4, evaluation="ravel")]
+    assert comparisons(close)[0].endswith("the 95% intervals of the means overlap.")
     lower = [score(OURS, 0.10, 0.11, 0.12, evaluation="absorption")]
     lower += [score(BASE, 0.4, 0.41, 0.42, evaluation="absorption")]
     assert comparisons(lower)[0].endswith("ours is better, the 95% intervals are apart.")
-    assert "not ranked, from one seed" in comparisons([score(OURS, 0.1), score(BASE, 0.9)])[0]
+    one = [score(OURS, 0.1, evaluation="ravel"), score(BASE, 0.9, evaluation="ravel")]
+    assert "not ranked, from one seed" in comparisons(one)[0]
     core = [score(OURS, 0.1, evaluation="core"), score(BASE, 0.9, evaluation="core")]
     assert "not ranked, it has no spread" in comparisons(core)[0]
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
-    record = Record("m", {"ours": "h"}, {"ours": "f"}, [OURS], {"absorption": {}, "core": {}})
+    record = Record(
+        "m",
+        fingerprints={"ours": "f"},
+        candidates=[OURS],
+        settings={"absorption": {}, "core": {}},
+    )
     metrics = {"mean": {"mean_absorption_fraction_score": float("nan")}}
     for evaluation, seed, content in (
         ("absorption", 0, metrics),
@@ -107,6 +114,7 @@ def test_labels_are_short_and_unique(tmp_path: Path) -> None:
         "other",
         "release:id/x",
     ]
+    assert labels([[str(tmp_path / "new" / "sae")]], taken=["sae"]) == ["new/sae"]
     key = Candidate("release:id/x", ["release", "id/x"], 8, 64).key
     assert key == "release_id_x_width_8"
 
