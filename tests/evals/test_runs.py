@@ -90,6 +90,15 @@ def test_absorption_of_a_level_alone_is_what_it_is_beside_others(
         assert alone.score(level, label) == everything.score(level, label)
 
 
+def test_an_sae_that_trains_the_probes_scores_as_one_that_finds_them(
+    everything: Output, tmp_path: Path
+) -> None:
+    alone = run_eval(tmp_path / "out", "identity", "--seeds", "1", *flags("sparse_probing", "tpp"))
+    assert alone.code == 0, alone.text
+    for label in ("sparse probing, top 1", "sparse probing, top 5", "TPP, 5 latents"):
+        assert alone.score("identity", label) == everything.score("identity", label)
+
+
 def test_a_killed_run_loses_only_what_was_in_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
     slow = flags("meta_structure", train_steps=600)
