@@ -14,7 +14,7 @@ import yaml
 
 from sae_lens_matryoshka.cli_levels import widths_argument
 from sae_lens_matryoshka.dry_run import go_offline
-from sae_lens_matryoshka.evals.saebench import EVALUATIONS, installed
+from sae_lens_matryoshka.evals.saebench import EVALUATIONS, installed, unmet_need
 from sae_lens_matryoshka.evals.suite import (
     DEFAULT_EVALUATIONS,
     Record,
@@ -24,7 +24,7 @@ from sae_lens_matryoshka.evals.suite import (
     plan_suite,
     run_suite,
 )
-from sae_lens_matryoshka.evals.suite_report import write_report
+from sae_lens_matryoshka.evals.suite_report import AGAIN, write_report
 from sae_lens_matryoshka.hub import located
 
 
@@ -33,7 +33,8 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
     parser.usage = "%(prog)s SAE [SAE ...] --out DIR [options] [--EVALUATION.FIELD VALUE ...]"
     parser.description = (
         "Run SAEBench on SAEs and each of their levels. An SAE is a folder, or release:id. What a "
-        "folder holds already is not run again."
+        "folder holds already is not run again. Fields of SAEBench's configs are set by "
+        "--EVALUATION.FIELD VALUE, lists as '[a, b]'; an unknown field names all."
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "evaluations:\n" + "\n".join(
@@ -58,7 +59,11 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
         help=f"default: {','.join(DEFAULT_EVALUATIONS)}",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="seeds of each (default: %(default)s)"
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="seeds of each, but for core, which has no chance in it (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--model", help="the model's name, where an SAE does not say it")
@@ -101,7 +106,8 @@ def _evaluate(
     try:
         record = run_suite(plan)
     except (KeyboardInterrupt, SystemExit):
-        write_report(plan.record, out)  # on what is finished
+        write_report(plan.record, out, is_finished=False)
+        print(f"\nStopped. {out} has what is finished; {AGAIN}", file=sys.stderr)
         raise
     print(f"\n{write_report(record, out)}\n\n{out / 'report.html'} has the same with plots.")
     asked = {candidate.key for candidate in plan.candidates}
@@ -128,12 +134,15 @@ def _dry_run(
                 here[name].append(source)
             else:
                 print(f"{source[0]}: not there yet")
+    for evaluation in options["evaluations"]:
+        if (need := unmet_need(evaluation)) is not None:
+            print(f"{evaluation} {need}")
     Record.read(out)
     if any(here.values()):
         try:
             plan = plan_suite(here["saes"], out, against=here["against"], **options)
         except OSError as error:
-            print(f"The model's configuration is not on this machine, not checked: {error}")
+            print(f"Not checked: {error}")
         else:
             for candidate in plan.candidates:
                 print(f"{candidate.title}: {plan.record.hook_names[candidate.label]}, there")

@@ -220,7 +220,11 @@ def main(seed: int) -> None:
     print(f"What is inside what, on held-out texts:\n\n{nesting}\n")
     files = "batchtopk/, matryoshka/, results.json, results.md, levels.png, nesting.md"
     if is_installed():
-        print("Evaluating both and every level with SAEBench", flush=True)
+        print(
+            "Evaluating both and every level with SAEBench, whose core reads fewer of the held-out "
+            "texts than the table above",
+            flush=True,
+        )
         print(f"\n{evaluate_with_saebench()}\n")
         files += f", {SAEBENCH}/report.html"
     else:

@@ -177,11 +177,19 @@ class _Namer:
         return Latent(index, level, int((acts[:, index] > 0).sum()), top)
 
 
+_LEGEND = (
+    "Each latent is shown with the tokens that it fires on most. A latent of a later level is "
+    "inside one of the first level if that one fires on nearly all of its tokens: it tells apart "
+    "what the first gathers. BatchTopK's nearest is the latent whose tokens agree best (F1); it has "
+    "a hole where it is silent and another latent fires instead."
+)
+
+
 def describe(found: Sequence[Family]) -> str:
     """The families in sentences."""
     if not found:
         return "No latent of a later level fires only where one of the first level does."
-    paragraphs = []
+    paragraphs = [_LEGEND]
     for family in found:
         lines = [f"**Level 1:** {family.parent}."]
         lines += [

@@ -351,21 +351,25 @@ def obstacle(
     evaluation: str, candidate: Candidate, hook_name: str, settings: Mapping[str, Any]
 ) -> str | None:
     """Why SAEBench could not do an evaluation on an SAE; None where nothing is known against it."""
-    description = EVALUATIONS[evaluation]
-    d_sae = candidate.width
-    if evaluation == "autointerp" and not os.environ.get("OPENAI_API_KEY"):
-        return f"needs {description.needs}"
-    if evaluation == "unlearning":
-        corpus = installed() / "evals" / "unlearning" / "data" / "bio-forget-corpus.jsonl"
-        if not corpus.exists():
-            return f"needs {description.needs}"
+    if (need := unmet_need(evaluation)) is not None:
+        return need
     if evaluation in ("absorption", "ravel") and not hook_name.endswith(".hook_resid_post"):
         layer = hook_name.split(".")[1]
         return f"reads blocks.{layer}.hook_resid_post, and this SAE is of {hook_name}"
     asked = _latents_asked(evaluation, settings)
-    if asked and d_sae < asked[0]:
-        return f"asks for {asked[0]} latents or more, and this level has {d_sae}"
+    if asked and candidate.width < asked[0]:
+        return f"asks for {asked[0]} latents or more, and this level has {candidate.width}"
     return None
+
+
+def unmet_need(evaluation: str) -> str | None:
+    """The account or the key that is not here, of an evaluation that needs one."""
+    corpus = ("evals", "unlearning", "data", "bio-forget-corpus.jsonl")
+    is_met = {
+        "autointerp": lambda: bool(os.environ.get("OPENAI_API_KEY")),
+        "unlearning": lambda: installed().joinpath(*corpus).exists(),
+    }.get(evaluation, lambda: True)
+    return None if is_met() else f"needs {EVALUATIONS[evaluation].needs}"
 
 
 def _latents_asked(evaluation: str, settings: Mapping[str, Any]) -> Sequence[int]:

@@ -334,6 +334,8 @@ def _run(job: Job, saes: list[Named]) -> dict[str, str]:
         except Exception as error:
             logging.exception("%s failed", job.evaluation)
             reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyError):
+                reason += ", a name that SAEBench does not know"
             if batch.current is None:  # before the first SAE, so for all
                 return {name: reason for name, _ in saes}
             failures[saes[batch.current][0]] = reason

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from sae_lens import SAE, Transcoder
 from tqdm.auto import tqdm
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_matryoshka.evals.candidates import Candidate, fingerprint, labels, load_whole
 from sae_lens_matryoshka.evals.saebench import (
@@ -195,6 +196,10 @@ def plan_suite(
                 "SAEBench's files: rename a folder."
             )
     record.candidates = list({**by_key, **{c.key: c for c in candidates}}.values())
+    for evaluation in [*record.settings]:
+        if evaluation not in evaluations and not _has_results(out, evaluation):
+            del record.settings[evaluation]  # what never worked is not told for ever
+            record.not_run.pop(evaluation, None)
     outdated = []
     for evaluation in evaluations:
         values = json.loads(json.dumps((settings or {}).get(evaluation, {})))
@@ -319,10 +324,11 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
         names = [f.name for f in fields(config)]
         for name in values:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=3) or names
+                near = difflib.get_close_matches(name, names, n=3)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
                 raise ValueError(
-                    f"{evaluation}.{name} is not a setting of SAEBench; did you mean "
-                    f"{' or '.join(near)}?"
+                    f"{evaluation}.{name} is not a setting of SAEBench; {hint}accepted: "
+                    f"{', '.join(n for n in names if n not in _NOT_TO_BE_SET)}."
                 )
             if name in _NOT_TO_BE_SET:
                 raise ValueError(f"{evaluation}.{name} is not to be set: {_NOT_TO_BE_SET[name]}.")
@@ -333,7 +339,8 @@ def check_names(evaluations: Sequence[str], settings: Settings) -> None:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             raise ValueError(
-                f"{evaluation}.{name}={first['input']!r} is not accepted: {first['msg']}."
+                f"{evaluation}.{name}={first['input']!r} is not accepted: {first['msg']}"
+                f"{', such as [a, b].' if first['type'] == 'list_type' else '.'}"
             ) from error
 
 
@@ -402,7 +409,14 @@ def _admitted(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Re
         )
     if isinstance(sae, Transcoder):
         raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
-    check_place(metadata.hook_name, sae.cfg.d_in, model_name, label)
+    try:
+        check_place(metadata.hook_name, sae.cfg.d_in, model_name, label)
+    except OSError as error:
+        raise OSError(
+            f"the model {model_name} of {label} is neither in the folder "
+            f"{get_official_model_name(model_name)} here nor to be had from the Hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     weights = fingerprint(sae)
     if record.fingerprints.setdefault(label, weights) != weights:
         raise ValueError(
@@ -430,9 +444,14 @@ def _refuse_other_settings(
 ) -> None:
     """Raises: ValueError: there are results with the settings of the record."""
     known = record.settings[evaluation]
-    if any((out / evaluation).rglob("*_eval_results.json")):
+    if _has_results(out, evaluation):
         changed = [n for n in sorted({*known, *values}) if known.get(n) != values.get(n)]
         raise ValueError(
             f"out={str(out)!r} holds results of {evaluation} with other settings "
-            f"({', '.join(changed)}): give another folder."
+            f"({', '.join(f'{n}={known[n]!r}' if n in known else n for n in changed)}): give "
+            "another folder."
         )
+
+
+def _has_results(out: Path, evaluation: str) -> bool:
+    return any((out / evaluation).rglob("*_eval_results.json"))

@@ -25,14 +25,20 @@ from sae_lens_matryoshka.evals.suite import Record
 from sae_lens_matryoshka.files import whole_file
 
 _COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown")
+AGAIN = "give the same command again to go on."
 _SPREAD = (
     "± is the standard deviation over the seeds of the evaluation, and says nothing of how SAEs "
     "trained with other seeds would score."
 )
 
 
-def write_report(record: Record, out: Path) -> str:
+def write_report(record: Record, out: Path, is_finished: bool = True) -> str:
     """Write `summary.json`, `table.md`, `scores.png` and `report.html`.
+
+    Args:
+        record: What `out` holds results of.
+        out: Output folder.
+        is_finished: Whether all that was asked for was tried; the report says so if it was not.
 
     Returns:
         The table and the sentences below it, as `table.md` has them.
@@ -41,6 +47,8 @@ def write_report(record: Record, out: Path) -> str:
     write_summary(record, scores, out)
     columns, rows = _cells(record, scores)
     remarks = _remarks(record, scores)
+    if not is_finished:
+        remarks.insert(0, f"Stopped before all was run: {AGAIN}")
     table = [
         "| " + " | ".join(columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),
