@@ -180,8 +180,8 @@ class _Namer:
 _LEGEND = (
     "Each latent is shown with the tokens that it fires on most. A latent of a later level is "
     "inside one of the first level if that one fires on nearly all of its tokens: it tells apart "
-    "what the first gathers. BatchTopK's nearest is the latent whose tokens agree best (F1); it has "
-    "a hole where it is silent and another latent fires instead."
+    "what the first gathers. BatchTopK's nearest is the latent whose tokens agree best (F1); it "
+    "has a hole where it is silent and another latent fires instead."
 )
 
 

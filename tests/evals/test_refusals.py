@@ -132,7 +132,7 @@ def test_a_folder_with_results_of_another_sae(
     sae.save_model(tmp_path / "one" / "sae")
     one = [str(tmp_path / "one" / "sae"), "--seeds", "1"]
     assert run_eval(tmp_path / "out", *one, *META).code == 0
-    assert "with other settings (train_steps)" in refusal(
+    assert "with other settings (train_steps=100)" in refusal(
         tmp_path, *one, "--evals", "meta_structure"
     )
     model = tmp_path / "EleutherAI" / "pythia-70m-deduped"
