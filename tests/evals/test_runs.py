@@ -121,7 +121,9 @@ def test_a_killed_run_loses_only_what_was_in_progress(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert running_in(out) == []
     assert finished.stat().st_mtime_ns == before
-    assert "trained" in (out / "table.md").read_text(), "there is a report on what is finished"
+    table = (out / "table.md").read_text()
+    assert "| trained | 8 | 0." in table, "there is a report on what is finished"
+    assert "Stopped before all was run: give the same command again to go on." in table
 
 
 def test_what_saebench_can_not_do_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
