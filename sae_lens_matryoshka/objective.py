@@ -6,13 +6,16 @@ level(j) the first level that contains latent j (arXiv 2503.17547, eq. 3):
     x̂_p = b_dec + Σ_{j: level(j) ≤ p} a_j d_j        r_p = x̂_p − x        L_p = mean_b ‖r_p‖²
 
 `reference_levels` is that formula on dense codes. `encode_selected` and `decode_nested` compute the
-same from the codes that BatchTopK kept, with gradients as sums over those codes. For ∂L/∂L_p = c_p,
+same from the codes that were kept, with gradients as sums over those codes. What reaches a latent
+of level g is a mix of residuals, and each published variant is one choice of the matrix M:
 
-    R_g = (2/B) Σ_{p ≥ g} c_p r_p
-    ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩        ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
+    R_g = (2/B) Σ_p M[g, p] r_p        ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩
+                                       ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
 
-so the levels cost P buffers of B × d_in and no extra matrix product. Both functions also hand out
-the rows of the dead latents, because the auxiliary loss' gradient then lands in the same buffers.
+so the levels cost P buffers of B × d_in and no extra matrix product. b_dec is part of every level,
+and stop-gradients are between latents: ∂L/∂b_dec = (2/B) Σ_b Σ_p c_p r_p whatever M is. Both
+functions also hand out the rows of the dead latents, because the auxiliary loss' gradient then
+lands in the same buffers.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags
+from sae_lens_matryoshka.options import StopGradient
 from sae_lens_matryoshka.prefixes import level_of
 from sae_lens_matryoshka.selection import Codes
 
@@ -55,10 +59,38 @@ def reference_levels(
 
 
 def reference_reconstructions(
-    acts: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, widths: Sequence[int]
+    acts: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    widths: Sequence[int],
+    stop_gradient: StopGradient = "none",
 ) -> torch.Tensor:
     """Every level's reconstruction (P, B, d_in) from dense codes (B, d_sae)."""
-    return torch.stack([acts[:, :width] @ W_dec[:width] + b_dec for width in widths])
+    reconstructions, inner = [], 0
+    for width in widths:
+        latents = acts[:, :width] @ W_dec[:width]
+        if stop_gradient == "all" or (stop_gradient == "inner" and width < widths[-1]):
+            detached = (acts[:, :inner] @ W_dec[:inner]).detach()
+            latents = detached + acts[:, inner:width] @ W_dec[inner:width]
+        reconstructions.append(latents + b_dec)
+        inner = width
+    return torch.stack(reconstructions)
+
+
+def mixing_matrix(weights: Sequence[float], stop_gradient: StopGradient = "none") -> torch.Tensor:
+    """M (P, P): what the loss of each level (column) weighs in the gradient of latents of a level.
+
+    Args:
+        weights: c_p of the P levels, innermost first.
+        stop_gradient: See `options.NestedOptions`.
+    """
+    c = torch.tensor(weights, dtype=torch.float64)
+    if stop_gradient == "none":
+        return torch.ones(len(c), len(c), dtype=c.dtype).triu() * c
+    own = torch.diag(c)
+    if stop_gradient == "inner":
+        own[:, -1] = c[-1]
+    return own
 
 
 class Layout(NamedTuple):
@@ -67,7 +99,7 @@ class Layout(NamedTuple):
     Attributes:
         latents: (n,) int32, latents of the codes.
         bags: (n,) int32, each code's place among the B · P bags (row, level); ascending, because
-            codes are ordered by row and latent, and the level grows with the latent.
+            codes are ordered by row and rank, and the level grows with the rank.
         bag_starts: (B · P,) int32, where each bag starts.
         by_latent: (n,) int64, the codes in ascending order of their latents.
         latent_starts: (d_sae,) int32, where each latent starts in that order.
@@ -80,9 +112,17 @@ class Layout(NamedTuple):
     latent_starts: torch.Tensor
 
     @classmethod
-    def of(cls, codes: Codes, batch_size: int, widths: Sequence[int]) -> Layout:
+    def of(
+        cls,
+        codes: Codes,
+        batch_size: int,
+        widths: Sequence[int],
+        ranks: torch.Tensor | None = None,
+    ) -> Layout:
+        """Of `codes` ordered by row and, in it, by `ranks` (d_sae,), the places in level order."""
         latents = codes.latents.int()
-        bags = codes.rows.int() * len(widths) + level_of(latents, widths)
+        places = latents if ranks is None else ranks[codes.latents].int()
+        bags = codes.rows.int() * len(widths) + level_of(places, widths)
         ascending, by_latent = latents.sort(stable=True)
         return cls(
             latents=latents,
@@ -117,7 +157,7 @@ def encode_selected(
         b_in: (d_in,) what was subtracted from every activation, or None.
         codes: What `selection.select` kept of this batch.
         layout: Of these codes.
-        dead: (D,) latents whose encoder the auxiliary loss needs, ascending.
+        dead: (D,) latents whose encoder the auxiliary loss needs.
 
     Returns:
         (n,) pre-activations of the codes, and the dead latents' (D, d_in) encoder rows and (D,)
@@ -134,6 +174,7 @@ def decode_nested(
     layout: Layout,
     n_levels: int,
     dead: torch.Tensor,
+    stop_gradient: StopGradient = "none",
 ) -> tuple[Levels, torch.Tensor]:
     """The objective from the kept codes, with gradients to acts, W_dec and b_dec.
 
@@ -144,13 +185,14 @@ def decode_nested(
         target: (B, d_in) activations to reconstruct.
         layout: Of the codes that `acts` belong to.
         n_levels: P.
-        dead: (D,) latents whose decoder rows the auxiliary loss needs, ascending.
+        dead: (D,) latents whose decoder rows the auxiliary loss needs.
+        stop_gradient: See `options.NestedOptions`.
 
     Returns:
         The levels, and the (D, d_in) decoder rows of the dead latents.
     """
     losses, sae_out, residuals, dead_rows = _DecodeNested.apply(  # type: ignore[misc]
-        acts, W_dec, b_dec, target, layout, n_levels, dead
+        acts, W_dec, b_dec, target, layout, n_levels, dead, stop_gradient
     )
     return Levels(losses=losses, residuals=residuals, sae_out=sae_out), dead_rows
 
@@ -199,6 +241,7 @@ class _DecodeNested(torch.autograd.Function):
         layout: Layout,
         n_levels: int,
         dead: torch.Tensor,
+        stop_gradient: StopGradient,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         residuals = sum_bags(W_dec, layout.latents, layout.bag_starts, acts.to(W_dec.dtype))
         residuals = residuals.to(torch.promote_types(W_dec.dtype, target.dtype))
@@ -209,6 +252,7 @@ class _DecodeNested(torch.autograd.Function):
         # the norm reads the residuals once; their squares would be a second buffer of that size
         losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(0)
         ctx.save_for_backward(acts, W_dec, residuals, dead, *layout)
+        ctx.stop_gradient = stop_gradient
         ctx.set_materialize_grads(False)
         by_level = residuals.transpose(0, 1)
         ctx.mark_non_differentiable(by_level)
@@ -227,16 +271,22 @@ class _DecodeNested(torch.autograd.Function):
             mixed = residuals * (grad_losses * (2 / batch_size))[:, None]
         if grad_sae_out is not None:
             mixed[:, -1] += grad_sae_out
-        for level in reversed(range(n_levels - 1)):
-            mixed[:, level] += mixed[:, level + 1]
+        if ctx.stop_gradient == "none":
+            for level in reversed(range(n_levels - 1)):
+                mixed[:, level] += mixed[:, level + 1]
+            grad_b_dec = mixed[:, 0].sum(0)
+        else:
+            grad_b_dec = mixed.sum((0, 1))
+            if ctx.stop_gradient == "inner":
+                mixed[:, :-1] += mixed[:, -1:]
         flat = mixed.to(W_dec.dtype).view(batch_size * n_levels, d_in)
 
         grad_acts = dot_bags(flat, W_dec, layout.latents, layout.bags, layout.bag_starts)
         grad_W_dec = layout.sum_by_latent(flat, layout.bags, acts.to(W_dec.dtype))
         if grad_dead_rows is not None:
             grad_W_dec.index_add_(0, dead, grad_dead_rows)
-        grad_b_dec = mixed[:, 0].sum(0).to(W_dec.dtype)
-        return grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, None, None, None, None
+        grad_b_dec = grad_b_dec.to(W_dec.dtype)
+        return grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, None, None, None, None, None
 
 
 def auxiliary_loss(

@@ -6,8 +6,16 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
 
+import numpy as np
 import torch
+
+PrefixSampling = Literal["fixed", "uniform", "log_uniform", "inverse_sqrt", "pareto"]
+
+# The density over the prefix length l falls as l to the power of:
+_EXPONENTS = {"uniform": 0.0, "log_uniform": -1.0, "inverse_sqrt": -0.5, "pareto": -1.5}
 
 # Bussmann et al. (arXiv 2503.17547), section 4: 2048 / 6144 / 14336 / 30720 / 65536.
 PAPER_FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
@@ -74,3 +82,30 @@ def level_of(latents: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     """
     ends = torch.tensor(widths, device=latents.device, dtype=latents.dtype)
     return torch.bucketize(latents, ends, right=True, out_int32=True)
+
+
+def sample_prefixes(
+    distribution: str, n: int, minimum: int, d_sae: int, seed: Sequence[int]
+) -> list[int]:
+    """`n` different prefix lengths from `minimum` on, ascending, the last of them `d_sae`.
+
+    Args:
+        distribution: One of `PrefixSampling` but "fixed"; see `options.NestedOptions`.
+        n: From 1 to d_sae − minimum + 1.
+        minimum: The shortest length.
+        d_sae: Width of the dictionary.
+        seed: What is drawn depends on these numbers alone, on any device.
+    """
+    lengths = np.random.default_rng(seed).choice(
+        np.arange(minimum, d_sae),
+        size=n - 1,
+        replace=False,
+        p=_density(distribution, minimum, d_sae),
+    )
+    return [*sorted(lengths.tolist()), d_sae]
+
+
+@lru_cache(maxsize=8)
+def _density(distribution: str, minimum: int, d_sae: int) -> np.ndarray:
+    density = np.arange(minimum, d_sae, dtype=np.float64) ** _EXPONENTS[distribution]
+    return density / density.sum()

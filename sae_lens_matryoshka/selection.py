@@ -43,6 +43,12 @@ class Codes(NamedTuple):
     pre_acts: torch.Tensor
     cut: float
 
+    def ordered_by(self, ranks: torch.Tensor) -> Codes:
+        """The same codes by row and within a row by `ranks[latent]`, ranks of shape (d_sae,)."""
+        order = (self.rows * len(ranks) + ranks[self.latents]).argsort()
+        rows, latents, scores, pre_acts = (t[order] for t in self[:4])
+        return Codes(rows, latents, scores, pre_acts, self.cut)
+
 
 def select(
     x: torch.Tensor,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +12,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.objective import (
-    Layout,
-    Levels,
-    auxiliary_loss,
-    decode_nested,
-    encode_selected,
-    reference_levels,
-    reference_reconstructions,
-)
+from sae_lens_matryoshka.nested import NestedTrainingSAE, Plan
+from sae_lens_matryoshka.objective import Layout, Levels, auxiliary_loss, encode_selected
 from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes, select
 from sae_lens_matryoshka.thresholds import ActivationSample, batch_threshold, encoder_input
-
-_SPARSE_DEVICES = ("cpu", "cuda")
 
 
 class _Step(NamedTuple):
@@ -41,7 +30,7 @@ class _Step(NamedTuple):
     dead_decoder_rows: torch.Tensor  # (D, d_in)
 
 
-class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
+class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
     """Matryoshka BatchTopK SAE (Bussmann et al., arXiv 2503.17547) for SAELens' trainers.
 
     One training step equals that of SAELens' `matryoshka_batchtopk`: the losses, their gradients,
@@ -64,21 +53,6 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         # Speeds up the selection and never changes it, so a checkpoint does without.
         self._score_floor: float | None = None
         self._sample = ActivationSample()
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.W_enc.data = _rows_contiguous(self.W_enc.data)
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        state_dict["W_enc"] = _rows_contiguous(state_dict["W_enc"])
 
     @override
     @torch.no_grad()
@@ -122,77 +96,71 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
     def training_forward_pass(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, step_input: TrainStepInput
     ) -> TrainStepOutput:
-        dead = torch.empty(0, dtype=torch.long, device=step_input.sae_in.device)
+        sae_in, n_steps = step_input.sae_in, step_input.n_training_steps
+        self.hold_decoder_norm()
+        self.activation_fn.k = self.cfg.k_at(n_steps)  # type: ignore[assignment]
+        plan = self.plan(n_steps)
+        dead = torch.empty(0, dtype=torch.long, device=sae_in.device)
         if step_input.dead_neuron_mask is not None and self.cfg.aux_loss_coefficient != 0:
             dead = step_input.dead_neuron_mask.nonzero().flatten()
+            if plan.ranks is not None:
+                dead = dead[plan.ranks[dead].argsort()]  # by level, as the prefixes cut them
         run = self._reference_step if self._needs_dense(step_input) else self._sparse_step
-        step = run(step_input.sae_in, dead)
+        step = run(sae_in, dead, plan)
 
-        *inner_losses, mse_loss = step.levels.losses
-        aux_loss = self._auxiliary_loss(step, dead)
-        losses = {
-            "mse_loss": mse_loss,
-            "auxiliary_reconstruction_loss": aux_loss,
-            **{
-                f"inner_mse_loss_{width}": loss
-                for width, loss in zip(self.cfg.matryoshka_widths, inner_losses, strict=False)
-            },
-        }
-        loss = step.levels.losses.sum() + aux_loss
-        if not loss.isfinite():
-            raise ValueError(self._not_finite(step_input, {**losses, "the sum of losses": loss}))
-
-        self.update_topk_threshold(step.active)
-        self._sample.add(step_input.sae_in.detach())
+        aux_loss = self._auxiliary_loss(step, dead, plan)
+        mse_losses = self.named_losses(step.levels, plan)
         output = TrainStepOutput(
-            sae_in=step_input.sae_in,
+            sae_in=sae_in,
             sae_out=step.levels.sae_out,
             feature_acts=step.feature_acts,
             hidden_pre=step.hidden_pre,
-            loss=loss,
-            losses=losses,
-            metrics={"topk_threshold": self.topk_threshold},
+            loss=self.total_loss(step.levels, plan) + aux_loss,
+            losses={
+                "mse_loss": mse_losses.pop("mse_loss"),
+                "auxiliary_reconstruction_loss": aux_loss,
+                **mse_losses,
+            },
         )
+        self.require_finite(output, step_input)
+
+        self._follow_threshold(step.active, n_steps)
+        self.count_firings(step.active_latents, len(sae_in))
+        self._sample.add(sae_in.detach())
+        output.metrics = {"topk_threshold": self.topk_threshold}
         if step_input.is_logging_step:
-            output.metrics.update(self._level_metrics(step_input, step))
+            output.metrics.update(self._measured_levels(step_input, step, plan))
         return output
+
+    def _follow_threshold(self, active: torch.Tensor, n_steps: int) -> None:
+        start = self.cfg.topk_threshold_start_step
+        if start is not None and n_steps <= start:
+            return
+        is_first = start is not None and self.topk_threshold.item() == 0
+        self.update_topk_threshold(active)
+        if is_first:  # the moving average began at 0 and moved by the share lr of the cut
+            self.topk_threshold /= self.cfg.topk_threshold_lr
 
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether the step is to be computed by the reference."""
-        sae_in = step_input.sae_in
-        if self.cfg.implementation == "auto" and sae_in.device.type not in _SPARSE_DEVICES:
-            return True
-        # A hook is there to see, or to change, the dense tensors of a step.
-        points = (
-            self.hook_sae_input,
-            self.hook_sae_acts_pre,
-            self.hook_sae_acts_post,
-            self.hook_sae_recons,
-        )
-        hooked = any(
-            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
-            for point in points
+        hooked = self.is_hooked(
+            self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post
         )
         return (
             hooked
-            or self.cfg.implementation == "reference"
-            or self.cfg.normalizes_per_row
-            or sae_in.requires_grad
+            or not self.computes_sparsely(step_input.sae_in)
+            or step_input.sae_in.requires_grad
         )
 
-    def _reference_step(self, sae_in: torch.Tensor, dead: torch.Tensor) -> _Step:
+    def _reference_step(self, sae_in: torch.Tensor, dead: torch.Tensor, plan: Plan) -> _Step:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(sae_in)
         norms = self._score_norms()
         acts, pre_acts = feature_acts, hidden_pre
         if norms is not None:
             acts, pre_acts = feature_acts / norms, hidden_pre / norms
-        *inner, outermost = reference_reconstructions(
-            acts, self.W_dec, self.b_dec, self.cfg.matryoshka_widths
-        )
-        reconstructions = torch.stack([*inner, self.hook_sae_recons(outermost)])
         rows, latents = feature_acts.detach().nonzero(as_tuple=True)
         return _Step(
-            levels=reference_levels(self.run_time_activation_norm_fn_out(reconstructions), sae_in),
+            levels=self.dense_levels(acts, sae_in, plan),
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
             active=feature_acts.detach()[rows, latents],
@@ -201,24 +169,23 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             dead_decoder_rows=self.W_dec[dead],
         )
 
-    def _sparse_step(self, sae_in: torch.Tensor, dead: torch.Tensor) -> _Step:
+    def _sparse_step(self, sae_in: torch.Tensor, dead: torch.Tensor, plan: Plan) -> _Step:
         with torch.no_grad():
             x = self.process_sae_in(sae_in)
             codes = self._select(x)
-        widths = self.cfg.matryoshka_widths
+        if plan.ranks is not None:
+            codes = codes.ordered_by(plan.ranks)
         b_in = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        layout = Layout.of(codes, len(sae_in), widths)
+        layout = Layout.of(codes, len(sae_in), plan.prefixes, plan.ranks)
         acts, dead_rows, dead_biases = encode_selected(
             x, self.W_enc, self.b_enc, b_in, codes, layout, dead
         )
-        levels, dead_decoder_rows = decode_nested(
-            acts, self.W_dec, self.b_dec, sae_in, layout, len(widths), dead
-        )
+        levels, dead_decoder_rows = self.sparse_levels(acts, sae_in, plan, layout, dead)
         feature_acts = torch.sparse_coo_tensor(
             torch.stack([codes.rows, codes.latents]),
             codes.scores,
             (len(sae_in), self.cfg.d_sae),
-            is_coalesced=True,
+            is_coalesced=plan.ranks is None,
             check_invariants=False,
         )
         return _Step(
@@ -237,7 +204,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
             self.W_enc,
             self.b_enc,
             self._score_norms(),
-            n_keep=int(self.cfg.k * len(x)),
+            n_keep=int(self.activation_fn.k * len(x)),
             floor=self._score_floor,
         )
         self._score_floor = codes.cut * FLOOR_FRACTION
@@ -247,13 +214,13 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         """Decoder norms (d_sae,), or None where the config ranks by pre-activation alone."""
         return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
 
-    def _auxiliary_loss(self, step: _Step, dead: torch.Tensor) -> torch.Tensor:
-        widths = self.cfg.matryoshka_widths
+    def _auxiliary_loss(self, step: _Step, dead: torch.Tensor, plan: Plan) -> torch.Tensor:
         if self.cfg.use_matryoshka_aux_loss:
-            ends = [0, *torch.searchsorted(dead, torch.tensor(widths, device=dead.device)).tolist()]
-            groups = list(itertools.pairwise(ends))
+            places = dead if plan.ranks is None else plan.ranks[dead]
+            ends = torch.tensor(plan.prefixes, device=dead.device)
+            groups = list(itertools.pairwise([0, *torch.searchsorted(places, ends).tolist()]))
         else:
-            groups = [*[(0, 0)] * (len(widths) - 1), (0, len(dead))]
+            groups = [*[(0, 0)] * (len(plan.prefixes) - 1), (0, len(dead))]
         norms = None
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = step.dead_decoder_rows.detach().norm(dim=-1)
@@ -268,51 +235,10 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
                 )
         return self.cfg.aux_loss_coefficient * loss
 
-    def _level_metrics(
-        self, step_input: TrainStepInput, step: _Step
-    ) -> dict[str, Callable[[], torch.Tensor]]:
-        """Variance explained, mean L0 and dead latents of each level, computed when called."""
-        # SAELens promotes likewise: sums of squares in 16 bits are too coarse
-        sae_in = step_input.sae_in.to(torch.promote_types(step_input.sae_in.dtype, torch.float32))
-
-        @cache
-        def variance() -> torch.Tensor:
-            return (sae_in - sae_in.mean(0)).pow(2).sum(-1).mean()
-
-        def explained_variance(level_loss: torch.Tensor) -> torch.Tensor:
-            return 1 - level_loss / variance()
-
-        def l0(width: int) -> torch.Tensor:
-            return (step.active_latents < width).sum() / len(sae_in)
-
-        metrics: dict[str, Callable[[], torch.Tensor]] = {}
-        for width, loss in zip(
-            self.cfg.matryoshka_widths, step.levels.losses.detach(), strict=True
-        ):
-            metrics[f"explained_variance_level_{width}"] = partial(explained_variance, loss)
-            metrics[f"l0_level_{width}"] = partial(l0, width)
-            if step_input.dead_neuron_mask is not None:
-                metrics[f"dead_latents_level_{width}"] = step_input.dead_neuron_mask[:width].sum
-        return metrics
-
-    def _not_finite(self, step_input: TrainStepInput, losses: dict[str, torch.Tensor]) -> str:
-        """Which tensor made the loss non-finite, the inputs of the step first."""
-        tensors = {
-            "sae_in (the activations)": step_input.sae_in,
-            **{f"the parameter {name}": value for name, value in self.named_parameters()},
-            **losses,
-        }
-        name, value = next(
-            (name, value) for name, value in tensors.items() if not value.isfinite().all()
-        )
-        n_nan, n_inf = int(value.isnan().sum()), int(value.isinf().sum())
-        return (
-            f"Training stopped at step {step_input.n_training_steps}: {name}, of shape "
-            f"{tuple(value.shape)}, holds {n_nan} NaN and {n_inf} infinite values. No weight was "
-            "changed by this batch, and checkpoints saved before it are intact."
-        )
-
-
-def _rows_contiguous(W_enc: torch.Tensor) -> torch.Tensor:
-    """W_enc (d_in, d_sae) with each latent's encoder row contiguous, as its gradient is written."""
-    return W_enc.T.contiguous().T
+    def _measured_levels(self, step_input: TrainStepInput, step: _Step, plan: Plan) -> Any:
+        acts = step.feature_acts.detach()
+        norms = self._score_norms()
+        if norms is not None:
+            acts = acts * (1 / norms.detach())
+        losses = self.measured_losses(step.levels, acts, step_input.sae_in, plan)
+        return self.level_metrics(step_input, losses, step.active_latents, plan)
