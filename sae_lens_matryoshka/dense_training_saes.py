@@ -35,9 +35,7 @@ class _DenselyEncoded(NestedTrainingSAE):
         """(B, d_sae) where the loss' gradient to `feature_acts` goes any further."""
         return feature_acts != 0
 
-    @override
-    @torch.compiler.disable  # sorts and sizes that depend on data: compiling could only break it up
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def nested_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         sae_in = step_input.sae_in
         plan = self.plan(step_input.n_training_steps)
         self.hold_decoder_norm()
@@ -89,9 +87,12 @@ class MatryoshkaTopKTrainingSAE(_DenselyEncoded, TopKTrainingSAE):
     cfg: MatryoshkaTopKTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    @torch.compiler.disable
+    def training_forward_pass(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, step_input: TrainStepInput
+    ) -> TrainStepOutput:
         self.activation_fn.k = round(self.cfg.k_at(step_input.n_training_steps))  # type: ignore[assignment]
-        return super().training_forward_pass(step_input)
+        return self.nested_step(step_input)
 
     @override
     def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -113,10 +114,13 @@ class MatryoshkaJumpReLUTrainingSAE(_DenselyEncoded, JumpReLUTrainingSAE):
     cfg: MatryoshkaJumpReLUTrainingSAEConfig  # type: ignore[assignment]
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    @torch.compiler.disable
+    def training_forward_pass(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, step_input: TrainStepInput
+    ) -> TrainStepOutput:
         with torch.no_grad():
             self.threshold.clamp_(min=0.0)  # as SAELens keeps it
-        return super().training_forward_pass(step_input)
+        return self.nested_step(step_input)
 
     @override
     def has_gradient(self, feature_acts: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:

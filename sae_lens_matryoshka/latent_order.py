@@ -58,12 +58,10 @@ def reorder_latents(trainer: SAETrainer[TrainingSAE[Any], Any]) -> None:
         return
     order = level_order(rates)
     for name, parameter in sae.named_parameters():
-        held = [parameter.data]
-        for moment in trainer.optimizer.state.get(parameter, {}).values():
-            if moment.shape == parameter.shape:
-                held.append(moment)
-        for tensor in held if name in LATENT_DIM else ():
-            tensor.copy_(tensor.index_select(LATENT_DIM[name], order))
+        moments = trainer.optimizer.state.get(parameter, {}).values()
+        for tensor in (parameter, *(m for m in moments if m.shape == parameter.shape)):
+            if name in LATENT_DIM:
+                tensor.copy_(tensor.index_select(LATENT_DIM[name], order))
     rates.copy_(rates[order])
     trainer.act_freq_scores = trainer.act_freq_scores[order]
     trainer.n_forward_passes_since_fired = trainer.n_forward_passes_since_fired[order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -53,7 +53,8 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         super().__init__(cfg, use_error_term)
         self._projected_decoder: int | None = None
         if cfg.latent_order == "frequency":
-            self.register_buffer("firing_rates", torch.zeros_like(self.b_enc.detach()))
+            rates = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
+            self.register_buffer("firing_rates", rates)
 
     @override
     def initialize_weights(self) -> None:
@@ -194,7 +195,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
     def level_metrics(
         self,
         step_input: TrainStepInput,
-        losses: Sequence[torch.Tensor],
+        losses: torch.Tensor,
         active_latents: torch.Tensor,
         plan: Plan,
     ) -> dict[str, Callable[[], torch.Tensor]]:
@@ -202,7 +203,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
 
         Args:
             step_input: Of the step.
-            losses: Squared error of each level of `cfg.matryoshka_widths`.
+            losses: (P,) squared error of each level of `cfg.matryoshka_widths`.
             active_latents: (n,) latents of the codes.
             plan: Of the step.
         """
@@ -234,8 +235,8 @@ class NestedTrainingSAE(TrainingSAE[Any]):
     @torch.no_grad()
     def measured_losses(
         self, levels: Levels, acts: torch.Tensor, sae_in: torch.Tensor, plan: Plan
-    ) -> Sequence[torch.Tensor]:
-        """Squared error of each level of `cfg.matryoshka_widths`.
+    ) -> torch.Tensor:
+        """(P,) squared error of each level of `cfg.matryoshka_widths`.
 
         Args:
             levels: Of the step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from sae_lens_matryoshka.prefixes import PrefixSampling, resolve_widths, sample_prefixes
 
@@ -235,14 +235,9 @@ class SparsitySchedule:
         Raises:
             ValueError: naming the field, its value and what is accepted.
         """
-        accepted = f"{'an integer' if is_whole else 'a number'} above 0 and at most d_sae={self.d_sae}"
-        number = numbers.Integral if is_whole else numbers.Real
-        if (
-            not is_number(self.k)
-            or not isinstance(self.k, number)
-            or not 0 < self.k <= self.d_sae
-        ):
-            raise refused("k", self.k, accepted)
+        kind = "an integer" if is_whole else "a number"
+        if not is_number(self.k) or not 0 < self.k <= self.d_sae or (is_whole and self.k % 1):
+            raise refused("k", self.k, f"{kind} above 0 and at most d_sae={self.d_sae}")
         self.k = int(self.k) if isinstance(self.k, numbers.Integral) else float(self.k)
         self.k_anneal_steps = checked_count("k_anneal_steps", self.k_anneal_steps, 0)
         if self.k_start is None:
@@ -281,10 +276,8 @@ def checked_count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def is_number(value: Any) -> bool:
-    return (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    )
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def refused(name: str, value: Any, accepted: str) -> ValueError:

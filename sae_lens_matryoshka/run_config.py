@@ -111,6 +111,8 @@ def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[
             raise unknown_field(str(name), names)
     sae = {name: value for name, value in sections["sae"].items() if name != "architecture"}
     run = {name: value for name, value in config.items() if name not in sections}
+    if "sae.prefix_seed" in names and "seed" in run:
+        sae.setdefault("prefix_seed", run["seed"])
 
     checked_sae = _checked(sae_class, sae, "sae.")
     checked_logger = _checked(LoggingConfig, sections["logger"], "logger.")

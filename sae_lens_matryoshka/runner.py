@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
 from sae_lens_matryoshka.interruption import InterruptibleFit, n_whole_steps, save_whole
+from sae_lens_matryoshka.latent_order import reorder_latents
 
 if TYPE_CHECKING:  # transformer-lens 2 and 3 keep it in different modules
     from transformer_lens.HookedRootModule import HookedRootModule
@@ -96,8 +97,16 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         ]
         # SAELens saves its own checkpoints of a step before it counts that step.
         trainer.n_training_steps = n_whole_steps(trainer)
-        trainer.save_checkpoint = partial(save_whole, trainer, trainer.save_checkpoint)
-        return InterruptibleFit(trainer).run()
+        save = partial(save_whole, trainer, trainer.save_checkpoint)
+
+        def save_in_level_order(*args: Any, **kwargs: Any) -> None:
+            reorder_latents(trainer)
+            save(*args, **kwargs)
+
+        trainer.save_checkpoint = save_in_level_order
+        sae = InterruptibleFit(trainer).run()
+        reorder_latents(trainer)  # what is saved of it, and the sparsities beside it
+        return sae
 
 
 def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -204,7 +204,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             self.W_enc,
             self.b_enc,
             self._score_norms(),
-            n_keep=int(self.activation_fn.k * len(x)),
+            n_keep=int(self.activation_fn.k * len(x)),  # type: ignore[attr-defined]
             floor=self._score_floor,
         )
         self._score_floor = codes.cut * FLOOR_FRACTION
