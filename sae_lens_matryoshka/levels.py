@@ -12,6 +12,7 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import SAEConfig
 
+from sae_lens_matryoshka.nested import NestedTrainingSAE
 from sae_lens_matryoshka.prefixes import resolve_widths
 
 # The dimension of each tensor of a SAELens SAE that counts latents; None where none does.
@@ -177,9 +178,11 @@ def decode_levels(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     acts = feature_acts.to_dense()
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         acts = acts / sae.W_dec.norm(dim=-1)
-    increments = [
-        acts[..., start:end] @ sae.W_dec[start:end] for start, end in pairwise([0, *widths])
-    ]
+    W_dec = sae.W_dec
+    order = sae.level_order() if isinstance(sae, NestedTrainingSAE) else None
+    if order is not None:
+        acts, W_dec = acts[..., order], W_dec[order]
+    increments = [acts[..., start:end] @ W_dec[start:end] for start, end in pairwise([0, *widths])]
     reconstructions = torch.stack(increments).cumsum(0) + sae.b_dec
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(reconstructions), sae.d_head)
 

@@ -88,7 +88,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
 
     def plan(self, step: int) -> Plan:
         """What the loss of a step is made of."""
-        order = level_order(self.firing_rates) if self._is_ordered_by_frequency else None
+        order = self.level_order()
         return Plan(
             prefixes=self.cfg.prefixes_at(step),
             weights=self.cfg.weights_at(step),
@@ -96,9 +96,9 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             ranks=None if order is None else ranks_of(order),
         )
 
-    @property
-    def _is_ordered_by_frequency(self) -> bool:
-        return self.cfg.latent_order == "frequency"
+    def level_order(self) -> torch.Tensor | None:
+        """(d_sae,) latents in level order, or None where that is the order of their indices."""
+        return level_order(self.firing_rates) if self.cfg.latent_order == "frequency" else None
 
     def is_hooked(self, *points: torch.nn.Module) -> bool:
         """Whether a hook is there to see, or to change, the dense tensors of a step."""
@@ -189,7 +189,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
 
     def count_firings(self, latents: torch.Tensor, batch_size: int) -> None:
         """Take the latents (n,) of a batch's codes into account for the order of the next step."""
-        if self._is_ordered_by_frequency:
+        if self.cfg.latent_order == "frequency":
             self.firing_rates = update_rates(self.firing_rates, latents, batch_size)
 
     def level_metrics(

@@ -96,6 +96,8 @@ def sample_prefixes(
         d_sae: Width of the dictionary.
         seed: What is drawn depends on these numbers alone, on any device.
     """
+    if n == 1:
+        return [d_sae]
     lengths = np.random.default_rng(seed).choice(
         np.arange(minimum, d_sae),
         size=n - 1,
