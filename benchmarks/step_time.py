@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py                       # the shape of docs/benchmarks/step_time.md
     python benchmarks/step_time.py --d_in 768 --d_sae 24576 --k 40 --threads 2 --n_dead 500
+    python benchmarks/step_time.py --variants            # the objective's options, against default
 
 A step is SAELens' own: forward, statistics, backward, gradient clipping and Adam, as
 `SAETrainer.step` runs it. Forward-backward is the SAE's part of it alone. Peers that are not
@@ -48,6 +49,22 @@ OURS, OURS_FLAT, REFERENCE = "ours", "ours, one level", "ours, reference"
 SAELENS, SAELENS_FLAT = "SAELens matryoshka_batchtopk", "SAELens batchtopk"
 PEER = "dictionary_learning matryoshka"
 ENCODE = "encode product alone"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "level_weights=0.5": {"level_weights": 0.5},
+    'stop_gradient="inner"': {"stop_gradient": "inner"},
+    'stop_gradient="all"': {"stop_gradient": "all"},
+    "bias_level=True": {"bias_level": True},
+    'prefix_sampling="log_uniform", n_prefixes=5': {
+        "prefix_sampling": "log_uniform",
+        "n_prefixes": 5,
+    },
+    'prefix_sampling="log_uniform", n_prefixes=10': {
+        "prefix_sampling": "log_uniform",
+        "n_prefixes": 10,
+    },
+    'latent_order="frequency"': {"latent_order": "frequency"},
+    'decoder_norm="unit"': {"decoder_norm": "unit"},
+}
 
 
 @dataclass
@@ -63,6 +80,7 @@ class Options:
     device: str = "cpu"
     dtype: str = "float32"
     autocast: bool = False  # bfloat16 autocast, as SAELens' trainer does it
+    variants: bool = False  # this package's options instead of the peers
     rounds: int = 9  # turns of each contestant, after two to warm up
     out: str | None = None  # write OUT.md and OUT.json: the table, its command and conditions
     memory_of: str | None = None  # measure the memory of this contestant alone, and print it
@@ -125,6 +143,7 @@ def _make_sae(name: str, options: Options) -> TrainingSAE[Any]:
             **shape,
             matryoshka_widths=[options.d_sae] if name == OURS_FLAT else widths,
             implementation="reference" if name == REFERENCE else "auto",
+            **VARIANTS.get(name, {}),
         )
     )
 
@@ -296,8 +315,8 @@ def _memory_in_own_process(options: Options, name: str) -> float:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as Markdown, every ratio against SAELens' `matryoshka_batchtopk`."""
-    base = results[SAELENS]
+    """The results as Markdown, every ratio against SAELens, or against the default options."""
+    base = results.get(SAELENS, results[OURS])
     lines = [
         "| | forward-backward | | full step | | memory of a step | |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -317,7 +336,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
                 cells += ["< 1 MiB" if value < 1 else f"{value:.0f} MiB", ""]
                 continue
             cells.append(f"{value:.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}")
-            cells.append(f"{base[kind] / row[kind]:.1f}×")
+            cells.append(f"{base[kind] / row[kind]:.{1 if SAELENS in results else 2}f}×")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -354,7 +373,8 @@ def main() -> None:
         print(measure_memory(options, options.memory_of))
         return
 
-    names = [OURS, OURS_FLAT, REFERENCE, SAELENS, SAELENS_FLAT, *([PEER] if _has_peer() else [])]
+    peers = [SAELENS, SAELENS_FLAT, *([PEER] if _has_peer() else [])]
+    names = [OURS, *VARIANTS] if options.variants else [OURS, OURS_FLAT, REFERENCE, *peers]
     results = measure_times(options, names)
     for name in tqdm(names, desc="Memory", disable=None):
         results[name]["memory_mib"] = _memory_in_own_process(options, name)
@@ -371,15 +391,19 @@ def main() -> None:
 
 def report(options: Options, results: dict[str, dict[str, float]]) -> str:
     """The command, its table, the ratios that sum it up, and the conditions, as Markdown."""
-    ours, flat, peer = results[OURS], results[OURS_FLAT], results[SAELENS]
-    encode = results[ENCODE]["forward_backward"]
-    ratios = {
-        "forward-backward, SAELens / ours": peer["forward_backward"] / ours["forward_backward"],
-        "full step, SAELens / ours": peer["step"] / ours["step"],
-        "forward-backward, ours / encode product": ours["forward_backward"] / encode,
-        "forward-backward, five levels / one level": ours["forward_backward"]
-        / flat["forward_backward"],
-    }
+    ours, encode = results[OURS], results[ENCODE]["forward_backward"]
+    flat, peer = results.get(OURS_FLAT), results.get(SAELENS)
+    ratios = (
+        {}
+        if flat is None or peer is None
+        else {
+            "forward-backward, SAELens / ours": peer["forward_backward"] / ours["forward_backward"],
+            "full step, SAELens / ours": peer["step"] / ours["step"],
+            "forward-backward, ours / encode product": ours["forward_backward"] / encode,
+            "forward-backward, five levels / one level": ours["forward_backward"]
+            / flat["forward_backward"],
+        }
+    )
     return "\n".join(
         [
             f"`{_command(options)}`",

@@ -1,4 +1,4 @@
-"""Levels of the most frequent latents: followed, saved in order, and moved with all that belongs."""
+"""Levels of the most frequent latents: followed, saved in order, and moved with what is theirs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def make_trainer(architecture: str) -> SAETrainer[Any, Any]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: str) -> None:
-    """Two trainings of the same batches, one reordered again and again: the same SAE, renumbered."""
+    """Two trainings on the same batches, one reordered now and then: the same SAE, renumbered."""
     plain, reordered = make_trainer(architecture), make_trainer(architecture)
     tolerance = 1e-6 if "jump" in architecture else 1e-9  # its threshold is float32
     places = torch.arange(D_SAE)  # the number in `plain` of each latent of `reordered`
@@ -152,8 +152,10 @@ def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: st
     for name, parameter in plain.sae.named_parameters():
         dim = {"W_enc": 1, "b_dec": None}.get(name, 0)
         pairs = [(parameter.detach(), dict(reordered.sae.named_parameters())[name].detach())]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            pairs.append((plain.optimizer.state[parameter][moment], moments[name][moment]))
+        pairs += [
+            (plain.optimizer.state[parameter][moment], moments[name][moment])
+            for moment in ("exp_avg", "exp_avg_sq")
+        ]
         for expected, actual in pairs:
             if dim is not None:
                 expected = expected.index_select(dim, places)
