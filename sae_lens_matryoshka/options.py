@@ -7,6 +7,8 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
+from simple_parsing import field as command_line_field
+
 from sae_lens_matryoshka.prefixes import PrefixSampling, resolve_widths, sample_prefixes
 
 Implementation = Literal["auto", "reference", "sparse"]
@@ -69,7 +71,10 @@ class NestedOptions:
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
-    level_weights: list[float] | float = 1.0
+    # without this a command line could not give a list
+    level_weights: list[float] | float = command_line_field(
+        default=1.0, nargs="+", type=float, required=False
+    )
     stop_gradient: StopGradient = "none"
     prefix_sampling: PrefixSampling = "fixed"
     n_prefixes: int | None = None
@@ -159,6 +164,8 @@ class NestedOptions:
 
     def _check_weights(self: Any) -> None:
         weights, n_levels = self.level_weights, self.n_levels
+        if isinstance(weights, list) and len(weights) == 1 < n_levels:
+            [weights] = weights  # as a command line gives one number
         if is_number(weights):
             if weights <= 0:
                 raise refused(

@@ -89,11 +89,13 @@ def test_train_takes_the_config(started, config):
 
 def test_flags_override_the_config(started, config):
     words = "--lr 1e-4 --sae.k 32 --sae.matryoshka_widths 8 16 64 --logger.log_to_wandb false"
+    words += " --sae.level_weights 1 2 0.5 --sae.latent_order frequency"
     more = "--checkpoint_path null --seqpos_slice 1 5 --prefetch_llm_batches 2 --lr_end 1e-6"
     assert cli.main(["train", str(config), *words.split(), *more.split()]) == 0
     (cfg,) = started
     assert (cfg.lr, cfg.lr_end) == (1e-4, 1e-6)
     assert (cfg.sae.k, cfg.sae.matryoshka_widths) == (32, [8, 16, 64])
+    assert (cfg.sae.level_weights, cfg.sae.latent_order) == ([1, 2, 0.5], "frequency")
     assert cfg.logger.log_to_wandb is False
     assert cfg.checkpoint_path is None
     assert cfg.seqpos_slice == (1, 5)

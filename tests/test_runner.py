@@ -486,6 +486,9 @@ def test_resuming_from_a_bad_checkpoint_fails_before_the_model_loads(
         ("d_sae", 128, r"trained with sae\.d_sae=64; the config has sae\.d_sae=128"),
         ("matryoshka_widths", [3, 64], r"the config has sae\.matryoshka_widths=\[3, 64\]"),
         ("k", 5, r"the config has sae\.k=5"),
+        ("level_weights", 0.5, r"with sae\.level_weights=1\.0; the config has .*weights=0\.5"),
+        ("latent_order", "frequency", r"with sae\.latent_order='index'; .*='frequency'"),
+        ("inner_weight_end", 0.5, r"with sae\.inner_weight_end=1\.0; .*=0\.5"),
     ],
 )
 def test_resuming_another_sae_fails_before_the_model_loads(

@@ -277,6 +277,14 @@ def test_k_falls_as_scheduled(implementation: str) -> None:
     assert l0 == [10, 8, 6, 4, 2, 2]
 
 
+def test_one_weight_in_a_list_is_a_number() -> None:
+    options: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": 2}
+    cfg = MatryoshkaTrainingSAEConfig(**options, matryoshka_widths=[4, 24], level_weights=[0.5])
+    assert cfg.weights_at(0) == [0.5, 1.0]
+    cfg = MatryoshkaTrainingSAEConfig(**options, matryoshka_widths=[24], level_weights=[0.5])
+    assert cfg.weights_at(0) == [0.5]
+
+
 def test_k_of_topk_falls_in_integers() -> None:
     torch.manual_seed(0)
     cfg = MatryoshkaTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=2, k_start=5, k_anneal_steps=4)
