@@ -131,12 +131,11 @@ def _check_device(device: str) -> None:
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.removesuffix(",").split(",")]
-    except ValueError:
-        seeds = []
-    if "," not in text:
-        seeds = list(range(*seeds))
+    """Seeds as they are listed, or the first so many where there is no comma."""
+    parts = text.removesuffix(",").split(",")
+    seeds = [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+    if seeds and "," not in text:
+        seeds = list(range(seeds[0]))
     if not seeds or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not accepted: give how many, such as 10, or which, such as 0,3,7"
