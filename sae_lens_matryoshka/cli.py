@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog=PROGRAM,
         description="`train CONFIG.yaml [--field value ...]` trains an SAE, `levels DIR` shows the "
-        "levels of one, `eval DIR --out RESULTS` runs SAEBench on each of them, `publish DIR "
-        "REPO_ID` uploads it, `demo` runs everything on a small model; add --help for more.",
+        "levels of one, `eval DIR --out RESULTS` runs SAEBench on each of them, `synth toy --out "
+        "RESULTS` compares SAEs where the true features are known, `publish DIR REPO_ID` uploads "
+        "one, `demo` runs everything on a small model; add --help for more.",
     )
     parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -172,6 +173,12 @@ def _plan_eval(words: list[str]) -> Callable[[], int]:
     return partial(_or_refuse, plan_eval(_Parser(prog=f"{PROGRAM} eval"), words))
 
 
+def _plan_synth(words: list[str]) -> Callable[[], int]:
+    from sae_lens_matryoshka.cli_synth import plan_synth
+
+    return partial(_or_refuse, plan_synth(_Parser(prog=f"{PROGRAM} synth"), words))
+
+
 def _or_refuse(run: Callable[[], int]) -> int:
     """`run`, whose errors are about what it was given or what it was refused."""
     try:
@@ -186,6 +193,7 @@ _COMMANDS = {
     "train": _plan_train,
     "levels": _plan_levels,
     "eval": _plan_eval,
+    "synth": _plan_synth,
     "publish": _plan_publish,
     "demo": _plan_demo,
 }

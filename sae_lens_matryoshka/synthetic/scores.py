@@ -1,0 +1,171 @@
+"""How well an SAE found the true features, and whether its latents say what they mean."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import SAE
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.synthetic import SyntheticModel
+from sae_lens.synthetic.evals import (
+    ClassificationMetricsCalculator,
+    DeadLatentsCalculator,
+    L0Calculator,
+    feature_uniqueness,
+    mean_correlation_coefficient,
+)
+from sae_lens.util import cosine_similarities
+from scipy.optimize import linear_sum_assignment
+
+from sae_lens_matryoshka.synthetic.models import parents_of
+
+RECOVERED_COSINE = 0.95
+MATCHED_COSINE = 0.5
+_BATCH_SIZE = 2048
+
+
+@torch.no_grad()
+def score(sae: SAE[Any], model: SyntheticModel, n_samples: int) -> dict[str, float]:
+    """Score an SAE as it encodes, on samples drawn from torch's default generators.
+
+    A latent and a feature are matched by the Hungarian method on the absolute cosine of decoder row
+    and feature, where it is at least 0.5. A pair is a feature and its parent, both matched.
+
+    - `features_recovered`: true features that some decoder row points along, cosine at least 0.95.
+    - `mcc`: SAELens' mean absolute cosine of Hungarian-matched latents and features.
+    - `mean_max_decoder_cosine`: mean over true features of the largest cosine of a decoder row with
+      it. Where there are more features than latents, over the d_sae that were active most often.
+    - `f1`, `precision`, `recall`: mean over latents, each as a detector of the feature nearest to
+      its decoder row (SAELens).
+    - `uniqueness`: different nearest features, per latent (SAELens).
+    - `absorption`: of the samples in which a pair's parent and child are active, the share in which
+      the parent's latent is not; mean over pairs, and missing where there is none.
+    - `parent_alone_miss`: the complement. Of the samples in which a parent is active and none of
+      its children, the share in which its latent is not; mean over the parents of pairs.
+    - `leakage`: cosine of the decoder row matched with a pair's child and the true parent, less the
+      cosine of the two features; mean over pairs.
+    - `n_pairs`: how many pairs the last three are means over, of all that the model has.
+    - `explained_variance`, `l0`, `dead_latents` (SAELens): 1 is all; active latents per sample;
+      latents active in none of the samples.
+    - `true_l0`: active features per sample.
+
+    Args:
+        sae: An SAE of SAELens, such as `SAE.load_from_disk` returns, on the model's device.
+        model: Where its activations come from.
+        n_samples: Activations to score on.
+    """
+    features = model.feature_dict.feature_vectors
+    cosines = cosine_similarities(sae.W_dec, features)  # (d_sae, n_features)
+    pairs = _Pairs(cosines, features, parents_of(model))
+    l0, true_l0 = L0Calculator(), L0Calculator()
+    dead = DeadLatentsCalculator(sae.cfg.d_sae)
+    variance = ExplainedVarianceCalculator()
+    classification = ClassificationMetricsCalculator(sae.W_dec, features)
+    n_active = torch.zeros(len(features), device=features.device)
+    n_left = n_samples
+    while n_left > 0:
+        x, feature_acts = model.sample_with_features(min(n_left, _BATCH_SIZE))
+        n_left -= len(x)
+        acts = sae.encode(x)
+        l0.add_batch(acts)
+        true_l0.add_batch(feature_acts)
+        dead.add_batch(acts)
+        variance.add_batch(sae.decode(acts), x)
+        classification.add_batch(acts, feature_acts)
+        pairs.add_batch(acts != 0, feature_acts != 0)
+        n_active += (feature_acts != 0).sum(0)
+    detection = classification.compute()
+    largest = cosines.max(0).values
+    representable = n_active.topk(min(sae.cfg.d_sae, len(features))).indices
+    return {
+        "features_recovered": (largest >= RECOVERED_COSINE).sum().item(),
+        "mcc": mean_correlation_coefficient(sae.W_dec, features),
+        "mean_max_decoder_cosine": largest[representable].mean().item(),
+        "f1": detection.f1_score,
+        "precision": detection.precision,
+        "recall": detection.recall,
+        "uniqueness": feature_uniqueness(sae.W_dec, features),
+        **pairs.compute(),
+        "explained_variance": variance.compute(),
+        "l0": l0.compute(),
+        "dead_latents": dead.compute(),
+        "true_l0": true_l0.compute(),
+    }
+
+
+class Match(NamedTuple):
+    """Latents and the true features that they were matched with, (n,) each, by feature."""
+
+    latents: torch.Tensor
+    features: torch.Tensor
+
+
+def match(cosines: torch.Tensor) -> Match:
+    """The Hungarian method on absolute cosines (d_sae, n_features), wherever it gives any."""
+    rows, columns = linear_sum_assignment(cosines.abs().cpu().numpy(), maximize=True)
+    latents = torch.as_tensor(rows, device=cosines.device)
+    features = torch.as_tensor(columns, device=cosines.device)
+    order = features.argsort()
+    return Match(latents[order], features[order])
+
+
+class _Pairs:
+    """What happens to the latents of parents, counted over batches."""
+
+    def __init__(self, cosines: torch.Tensor, features: torch.Tensor, parents: torch.Tensor):
+        parents = parents.to(features.device)
+        latents, matched = match(cosines)
+        is_close = cosines[latents, matched].abs() >= MATCHED_COSINE
+        latent_of = torch.full_like(parents, -1)
+        latent_of[matched[is_close]] = latents[is_close]
+
+        self._children_of = parents  # (n_features,)
+        children = ((parents >= 0) & (latent_of >= 0)).nonzero().flatten()
+        self.children = children[latent_of[parents[children]] >= 0]  # (n_pairs,)
+        self.parents = parents[self.children]
+        self.child_latents = latent_of[self.children]
+        self.parent_latents = latent_of[self.parents]
+        self.cosines = cosines
+        directions = torch.nn.functional.normalize(features, dim=1)
+        self.true_cosines = (directions[self.children] * directions[self.parents]).sum(1)
+
+        self.n_absorbed = torch.zeros(len(self.children), device=features.device)
+        self.n_both = torch.zeros_like(self.n_absorbed)
+        # Each parent once, however many of its children were found.
+        self.alone = self.parents.unique()
+        self.alone_latents = latent_of[self.alone]
+        self.n_missed = torch.zeros(len(self.alone), device=features.device)
+        self.n_alone = torch.zeros_like(self.n_missed)
+
+    def add_batch(self, fires: torch.Tensor, is_active: torch.Tensor) -> None:
+        """Count in latents (B, d_sae) that fire and features (B, n_features) that are active."""
+        both = is_active[:, self.parents] & is_active[:, self.children]
+        self.n_both += both.sum(0)
+        self.n_absorbed += (both & ~fires[:, self.parent_latents]).sum(0)
+
+        has_parent = self._children_of >= 0
+        n_children = torch.zeros(is_active.shape, device=is_active.device)
+        n_children.index_add_(
+            1, self._children_of[has_parent], is_active[:, has_parent].to(n_children.dtype)
+        )
+        alone = is_active[:, self.alone] & (n_children[:, self.alone] == 0)
+        self.n_alone += alone.sum(0)
+        self.n_missed += (alone & ~fires[:, self.alone_latents]).sum(0)
+
+    def compute(self) -> dict[str, float]:
+        """The scores of pairs; a mean over nothing is left out."""
+        means = {
+            "absorption": (self.n_absorbed / self.n_both)[self.n_both > 0],
+            "parent_alone_miss": (self.n_missed / self.n_alone)[self.n_alone > 0],
+            "leakage": self._leakages(),
+        }
+        return {
+            "n_pairs": float(len(self.children)),
+            **{name: values.mean().item() for name, values in means.items() if len(values)},
+        }
+
+    def _leakages(self) -> torch.Tensor:
+        # A latent matched upside down leaks with its sign turned.
+        signs = self.cosines[self.child_latents, self.children].sign()
+        return self.cosines[self.child_latents, self.parents] * signs - self.true_cosines

@@ -1,0 +1,115 @@
+"""Training in lockstep: the SAEs of one seed see the same samples, which are slow to make."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, LoggingConfig, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_matryoshka.files import whole_folder
+from sae_lens_matryoshka.synthetic.models import Benchmark
+from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
+from sae_lens_matryoshka.synthetic.runs import SCORES_FILE, run_folder, settings_of, versions
+from sae_lens_matryoshka.synthetic.scores import score
+from sae_lens_matryoshka.synthetic.variants import Variant
+
+_SHARE_OF_L0 = 10  # the last tenth of the steps
+
+
+def train_pass(
+    benchmark: Benchmark,
+    variants: Sequence[Variant],
+    seed: int,
+    out: Path,
+    device: str = "cpu",
+    on_step: Callable[[int], None] = lambda n_steps: None,
+) -> None:
+    """Train variants on one stream of samples, score each as saved, and write each whole.
+
+    The samples depend on the benchmark and the seed alone, and an SAE on its config, the seed and
+    the samples: not on which variants share the pass.
+
+    Args:
+        benchmark: Model and training settings.
+        variants: What to train, with different names.
+        seed: Of the model's directions, where it has any to choose, the samples and the SAEs.
+        out: The folder that `run_folder` is relative to.
+        device: Where samples are made and SAEs trained.
+        on_step: Called with the number of training steps done since it was called last.
+
+    Raises:
+        ValueError: an SAE diverged.
+    """
+    model = benchmark.build(seed, device)
+    streams = {v.name: RandomStream(seed, Purpose.SAE, device) for v in variants}
+    trainers: dict[str, SAETrainer[TrainingSAE[Any], Any]] = {}
+    for variant in variants:
+        with streams[variant.name].drawn():
+            trainers[variant.name] = _trainer(benchmark, variant, device)
+    seconds = dict.fromkeys(trainers, 0.0)
+    samples = RandomStream(seed, Purpose.SAMPLES, device)
+    for _ in range(benchmark.n_samples // benchmark.batch_size):
+        with samples.drawn():
+            x = model.sample(benchmark.batch_size)
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            # Some SAEs draw in training, and the next one must not notice.
+            with streams[name].drawn():
+                _step(trainer, x, name)
+            seconds[name] += time.perf_counter() - start
+        on_step(len(trainers))
+    for variant in variants:
+        trainer = trainers[variant.name]
+        trainer.set_final_sae_metadata()
+        with whole_folder(run_folder(out, variant.name, seed)) as folder:
+            trainer.sae.eval()
+            trainer.sae.save_inference_model(str(folder))
+            saved = SAE.load_from_disk(folder, device=device)
+            with RandomStream(seed, Purpose.SCORING, device).drawn():
+                scores = score(saved, model, benchmark.n_scoring_samples)
+            record = {
+                "settings": settings_of(benchmark, variant, seed),
+                "scores": {**scores, "l0_training": trainer.sae.cfg.metadata.l0},
+                "seconds": round(seconds[variant.name], 2),
+                "device": device,
+                "versions": versions(),
+            }
+            text = json.dumps(record, indent=2, allow_nan=False)
+            (folder / SCORES_FILE).write_text(text + "\n")
+
+
+def _step(trainer: SAETrainer[Any, Any], x: torch.Tensor, name: str) -> None:
+    """One step as SAELens' `MultiSAETrainer` takes it."""
+    trainer.maybe_reset_sparsity()
+    try:
+        trainer.step(x)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    trainer.n_training_steps += 1
+
+
+def _trainer(benchmark: Benchmark, variant: Variant, device: str) -> SAETrainer[Any, Any]:
+    cfg = copy.deepcopy(variant.cfg)  # training writes to its metadata
+    cfg.device = device
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture()][0]
+    n_steps = benchmark.n_samples // benchmark.batch_size
+    trainer_cfg = SAETrainerConfig(
+        total_training_samples=n_steps * benchmark.batch_size,
+        train_batch_size_samples=benchmark.batch_size,
+        lr=benchmark.lr,
+        lr_end=benchmark.lr,
+        device=device,
+        # Counted from here to the end, which is then a window of the last steps.
+        feature_sampling_window=n_steps - n_steps // _SHARE_OF_L0,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    return SAETrainer(trainer_cfg, sae_class(cfg).to(device), iter(()))

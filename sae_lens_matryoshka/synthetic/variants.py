@@ -1,0 +1,157 @@
+"""What is compared: SAEs by architecture, and the Matryoshka SAE with its options varied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any, get_type_hints
+
+import yaml
+from sae_lens import TrainingSAEConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.run_config import _value, unknown_field
+from sae_lens_matryoshka.synthetic.models import Benchmark
+
+LEVELS = "levels"
+_VARIED = MatryoshkaTrainingSAEConfig.architecture()
+_ARCHITECTURES = {"l1": "standard"}  # by the name that papers use
+_FIXED = ("d_in", "d_sae", "device", "metadata")
+# SAELens estimates a scale from samples that the other SAEs of a pass would miss.
+_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An SAE to train, and the name of its folder and of its row in the tables."""
+
+    name: str
+    cfg: TrainingSAEConfig
+
+
+def plan_variants(
+    benchmark: Benchmark, names: Sequence[str], vary: Sequence[str] = ()
+) -> list[Variant]:
+    """The variants that `names` and `vary` ask for.
+
+    Args:
+        benchmark: What they are to be trained on.
+        names: Each "l1" or an architecture that is registered with SAELens.
+        vary: Each `field=value,value,…`; the product of all is made. `k` is varied in every variant
+            that has it, any other field of `MatryoshkaTrainingSAEConfig` in "matryoshka" alone. A
+            list is written with slashes: `matryoshka_widths=5/20,10/20`. `levels` is a number of
+            levels; see `level_widths`.
+
+    Raises:
+        ValueError: a name, field or value is not accepted, or a name comes twice.
+    """
+    axes: dict[str, list[tuple[str, Any]]] = {}
+    for text in vary:
+        field, values = _axis(text)
+        if field in axes:
+            raise ValueError(f"--vary {text!r} is not accepted: {field} is varied already.")
+        axes[field] = values
+    if LEVELS in axes and "matryoshka_widths" in axes:
+        raise ValueError("levels and matryoshka_widths are not varied at once: both are widths.")
+    bases = {name: base_config(benchmark, name) for name in names}
+    if len(bases) < len(names):
+        raise ValueError(f"--variants {','.join(names)} is not accepted: a name comes twice.")
+    for field in axes:
+        if not any(_is_varied(field, name, base) for name, base in bases.items()):
+            raise ValueError(
+                f"--vary {field} is not accepted: none of {', '.join(names)} is varied by it; add "
+                f"{_VARIED} to --variants."
+            )
+    variants = [
+        _variant(name, base, choice)
+        for name, base in bases.items()
+        for choice in product(
+            *(
+                [(field, text, value) for text, value in values]
+                for field, values in axes.items()
+                if _is_varied(field, name, base)
+            )
+        )
+    ]
+    twice = {v.name for v in variants if [w.name for w in variants].count(v.name) > 1}
+    if twice:
+        raise ValueError(f"--vary gives {min(twice)} twice.")
+    return variants
+
+
+def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
+    """The training config of "l1" or of a registered architecture, sized for a benchmark.
+
+    Raises:
+        ValueError: the name is neither, or the benchmark's k is not accepted.
+    """
+    architecture = _ARCHITECTURES.get(name, name)
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        accepted = sorted({*_ARCHITECTURES, *SAE_TRAINING_CLASS_REGISTRY})
+        raise ValueError(f"variant {name!r} is not accepted: give one of {', '.join(accepted)}.")
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    sizes = {
+        "d_in": benchmark.d_in,
+        "d_sae": benchmark.d_sae,
+        "k": benchmark.k,
+        "l1_coefficient": benchmark.l1_coefficient,
+        "matryoshka_widths": list(benchmark.matryoshka_widths),
+    }
+    names = {f.name for f in fields(config_class)}
+    return config_class(**{name: value for name, value in sizes.items() if name in names})
+
+
+def level_widths(n_levels: int, d_sae: int) -> list[int]:
+    """Widths of `n_levels` levels: each adds twice the latents of the one before, as in the paper.
+
+    The widths are d_sae · (2^i − 1) / 2^n, and d_sae. Where the first levels would have no latents
+    of their own, equal steps are taken: 10 levels of 20 latents are 2, 4, …, 20.
+
+    Raises:
+        ValueError: there are not that many levels in d_sae latents.
+    """
+    if not 1 <= n_levels <= d_sae:
+        raise ValueError(f"levels={n_levels} is not accepted: give 1 to d_sae={d_sae}.")
+    doubling = [round(d_sae * (2**i - 1) / 2**n_levels) for i in range(1, n_levels)] + [d_sae]
+    if doubling[0] > 0 and len(set(doubling)) == n_levels:
+        return doubling
+    return [round(d_sae * i / n_levels) for i in range(1, n_levels + 1)]
+
+
+def _axis(text: str) -> tuple[str, list[tuple[str, Any]]]:
+    """`field=value,value` as the field, and each value as it is written and as it is."""
+    field, equals, values = text.partition("=")
+    hints = get_type_hints(MatryoshkaTrainingSAEConfig)
+    names = [f.name for f in fields(MatryoshkaTrainingSAEConfig) if f.name not in _FIXED]
+    if field not in (*names, LEVELS):
+        raise unknown_field(field, [*names, LEVELS])
+    if not equals or not all(values.split(",")):
+        raise ValueError(f"--vary {text!r} is not accepted: give {field}=value,value,…")
+    hint = int if field == LEVELS else hints[field]
+    return field, [(value, _value(field, _read(value), hint)) for value in values.split(",")]
+
+
+def _read(text: str) -> Any:
+    items = [yaml.safe_load(item) for item in text.split("/")]
+    return items if len(items) > 1 else items[0]
+
+
+def _is_varied(field: str, name: str, base: TrainingSAEConfig) -> bool:
+    return name == _VARIED or (field == "k" and hasattr(base, "k"))
+
+
+def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str, Any]]) -> Variant:
+    changes = {field: value for field, _, value in choice}
+    if LEVELS in changes:
+        changes["matryoshka_widths"] = level_widths(changes.pop(LEVELS), base.d_sae)
+    cfg = replace(base, **changes)
+    if cfg.normalize_activations not in _NORMALIZATIONS:
+        raise ValueError(
+            f"normalize_activations={cfg.normalize_activations!r} is not accepted here: give one "
+            f"of {', '.join(map(repr, _NORMALIZATIONS))}."
+        )
+    # A slash would make folders; a comma keeps the parts apart.
+    parts = (f"{field}={text.replace('/', '-')}" for field, text, _ in choice)
+    return Variant(",".join([name, *parts]), cfg)
