@@ -10,11 +10,17 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.synthetic import SyntheticModel
 from sae_lens.synthetic.evals import eval_sae_on_synthetic_data
 
+from sae_lens_matryoshka.synthetic import scores as scoring
 from sae_lens_matryoshka.synthetic.models import parents_of, synthsaebench_model, toy_model
-from sae_lens_matryoshka.synthetic.scores import match, score
+from sae_lens_matryoshka.synthetic.scores import match
 
 PARENTS = [0, 4, 8]
 CHILDREN = [1, 2, 3, 5, 6, 7, 9, 10, 11]
+
+
+def score(sae: JumpReLUSAE, model: SyntheticModel, n_samples: int) -> dict[str, float]:
+    (scores,) = scoring.score([sae], model, n_samples)
+    return scores
 
 
 def sae_of(W_dec: torch.Tensor, W_enc: torch.Tensor, threshold: float = 0.5) -> JumpReLUSAE:
@@ -105,6 +111,15 @@ def test_latents_far_from_every_feature_are_not_matched(model, features):
     W_dec = features.clone()
     W_dec[1] = 0.4 * features[1] + math.sqrt(1 - 0.4**2) * features[19]
     assert score(sae_of(W_dec, features), model, 5000)["n_pairs"] == 8
+
+
+def test_several_saes_are_scored_on_the_same_samples(model, features):
+    saes = [sae_of(features, features), sae_of(features, features, threshold=2.0)]
+    torch.manual_seed(1)
+    both = scoring.score(saes, model, 3000)
+    for sae, scores in zip(saes, both, strict=True):
+        torch.manual_seed(1)
+        assert score(sae, model, 3000) == scores
 
 
 def test_dead_latents(model, features):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ _BATCH_SIZE = 2048
 
 
 @torch.no_grad()
-def score(sae: SAE[Any], model: SyntheticModel, n_samples: int) -> dict[str, float]:
-    """Score an SAE as it encodes, on samples drawn from torch's default generators.
+def score(
+    saes: Sequence[SAE[Any]], model: SyntheticModel, n_samples: int
+) -> list[dict[str, float]]:
+    """Score SAEs as they encode, on the same samples, drawn from torch's default generators.
 
     A latent and a feature are matched by the Hungarian method on the absolute cosine of decoder row
     and feature, where it is at least 0.5. A pair is a feature and its parent, both matched.
@@ -51,47 +54,63 @@ def score(sae: SAE[Any], model: SyntheticModel, n_samples: int) -> dict[str, flo
     - `true_l0`: active features per sample.
 
     Args:
-        sae: An SAE of SAELens, such as `SAE.load_from_disk` returns, on the model's device.
-        model: Where its activations come from.
+        saes: SAEs of SAELens, such as `SAE.load_from_disk` returns, on the model's device.
+        model: Where their activations come from.
         n_samples: Activations to score on.
     """
-    features = model.feature_dict.feature_vectors
-    cosines = cosine_similarities(sae.W_dec, features)  # (d_sae, n_features)
-    pairs = _Pairs(cosines, features, parents_of(model))
-    l0, true_l0 = L0Calculator(), L0Calculator()
-    dead = DeadLatentsCalculator(sae.cfg.d_sae)
-    variance = ExplainedVarianceCalculator()
-    classification = ClassificationMetricsCalculator(sae.W_dec, features)
-    n_active = torch.zeros(len(features), device=features.device)
-    n_left = n_samples
-    while n_left > 0:
-        x, feature_acts = model.sample_with_features(min(n_left, _BATCH_SIZE))
-        n_left -= len(x)
-        acts = sae.encode(x)
-        l0.add_batch(acts)
-        true_l0.add_batch(feature_acts)
-        dead.add_batch(acts)
-        variance.add_batch(sae.decode(acts), x)
-        classification.add_batch(acts, feature_acts)
-        pairs.add_batch(acts != 0, feature_acts != 0)
-        n_active += (feature_acts != 0).sum(0)
-    detection = classification.compute()
-    largest = cosines.max(0).values
-    representable = n_active.topk(min(sae.cfg.d_sae, len(features))).indices
-    return {
-        "features_recovered": (largest >= RECOVERED_COSINE).sum().item(),
-        "mcc": mean_correlation_coefficient(sae.W_dec, features),
-        "mean_max_decoder_cosine": largest[representable].mean().item(),
-        "f1": detection.f1_score,
-        "precision": detection.precision,
-        "recall": detection.recall,
-        "uniqueness": feature_uniqueness(sae.W_dec, features),
-        **pairs.compute(),
-        "explained_variance": variance.compute(),
-        "l0": l0.compute(),
-        "dead_latents": dead.compute(),
-        "true_l0": true_l0.compute(),
-    }
+    scorings = [_Scoring(sae, model) for sae in saes]
+    while n_samples > 0:
+        x, feature_acts = model.sample_with_features(min(n_samples, _BATCH_SIZE))
+        n_samples -= len(x)
+        for scoring in scorings:
+            scoring.add_batch(x, feature_acts)
+    return [scoring.compute() for scoring in scorings]
+
+
+class _Scoring:
+    """The scores of one SAE, over batches."""
+
+    def __init__(self, sae: SAE[Any], model: SyntheticModel):
+        self.sae = sae
+        self.features = features = model.feature_dict.feature_vectors
+        self.cosines = cosine_similarities(sae.W_dec, features)  # (d_sae, n_features)
+        self.pairs = _Pairs(self.cosines, features, parents_of(model))
+        self.l0, self.true_l0 = L0Calculator(), L0Calculator()
+        self.dead = DeadLatentsCalculator(sae.cfg.d_sae)
+        self.variance = ExplainedVarianceCalculator()
+        self.classification = ClassificationMetricsCalculator(sae.W_dec, features)
+        self.n_active = torch.zeros(len(features), device=features.device)
+
+    def add_batch(self, x: torch.Tensor, feature_acts: torch.Tensor) -> None:
+        """Count in activations (B, d_in) and what they are made of (B, n_features)."""
+        acts = self.sae.encode(x)
+        self.l0.add_batch(acts)
+        self.true_l0.add_batch(feature_acts)
+        self.dead.add_batch(acts)
+        self.variance.add_batch(self.sae.decode(acts), x)
+        self.classification.add_batch(acts, feature_acts)
+        self.pairs.add_batch(acts != 0, feature_acts != 0)
+        self.n_active += (feature_acts != 0).sum(0)
+
+    def compute(self) -> dict[str, float]:
+        detection = self.classification.compute()
+        largest = self.cosines.max(0).values
+        n_representable = min(self.sae.cfg.d_sae, len(self.features))
+        most_active = self.n_active.topk(n_representable).indices
+        return {
+            "features_recovered": (largest >= RECOVERED_COSINE).sum().item(),
+            "mcc": mean_correlation_coefficient(self.sae.W_dec, self.features),
+            "mean_max_decoder_cosine": largest[most_active].mean().item(),
+            "f1": detection.f1_score,
+            "precision": detection.precision,
+            "recall": detection.recall,
+            "uniqueness": feature_uniqueness(self.sae.W_dec, self.features),
+            **self.pairs.compute(),
+            "explained_variance": self.variance.compute(),
+            "l0": self.l0.compute(),
+            "dead_latents": self.dead.compute(),
+            "true_l0": self.true_l0.compute(),
+        }
 
 
 class Match(NamedTuple):

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +68,36 @@ def train_pass(
                 _step(trainer, x, name)
             seconds[name] += time.perf_counter() - start
         on_step(len(trainers))
-    for variant in variants:
-        trainer = trainers[variant.name]
-        trainer.set_final_sae_metadata()
-        with whole_folder(run_folder(out, variant.name, seed)) as folder:
-            trainer.sae.eval()
-            trainer.sae.save_inference_model(str(folder))
-            saved = SAE.load_from_disk(folder, device=device)
-            with RandomStream(seed, Purpose.SCORING, device).drawn():
-                scores = score(saved, model, benchmark.n_scoring_samples)
+    with ExitStack() as unfinished:
+        folders = [
+            unfinished.enter_context(whole_folder(run_folder(out, variant.name, seed)))
+            for variant in variants
+        ]
+        saved = [
+            _saved(trainer, folder, device)
+            for trainer, folder in zip(trainers.values(), folders, strict=True)
+        ]
+        with RandomStream(seed, Purpose.SCORING, device).drawn():
+            all_scores = score(saved, model, benchmark.n_scoring_samples)
+        for variant, folder, scores in zip(variants, folders, all_scores, strict=True):
+            l0_training = trainers[variant.name].sae.cfg.metadata.l0
             record = {
                 "settings": settings_of(benchmark, variant, seed),
-                "scores": {**scores, "l0_training": trainer.sae.cfg.metadata.l0},
+                "scores": {**scores, "l0_training": l0_training},
                 "seconds": round(seconds[variant.name], 2),
                 "device": device,
                 "versions": versions(),
             }
             text = json.dumps(record, indent=2, allow_nan=False)
             (folder / SCORES_FILE).write_text(text + "\n")
+
+
+def _saved(trainer: SAETrainer[Any, Any], folder: Path, device: str) -> SAE[Any]:
+    """The trained SAE as it is saved for inference and loaded again."""
+    trainer.set_final_sae_metadata()
+    trainer.sae.eval()
+    trainer.sae.save_inference_model(str(folder))
+    return SAE.load_from_disk(folder, device=device)
 
 
 def _step(trainer: SAETrainer[Any, Any], x: torch.Tensor, name: str) -> None:
