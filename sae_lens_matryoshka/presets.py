@@ -16,16 +16,16 @@ def dictionary_learning(
     """The step of `MatryoshkaBatchTopKTrainer` of saprmarks/dictionary_learning 0.1.0.
 
     Weights and threshold move as there: a weight of 1/n² on each of the n levels' errors, decoder
-    rows of norm 1, scores without the decoder's norm, a threshold that follows the cut by 0.001
-    from step 1,000 on. Three things are not the config's:
+    rows of norm 1, scores without the decoder's norm, and a threshold that follows the cut by 0.001
+    after step 1,000. Three things are not the config's:
 
-    - The trainer's: Adam's betas 0.9 and 0.999 and clipping at norm 1 are SAELens' own as well;
-      `lr` there is 2e-4 / sqrt(d_sae / 2**14), and activations are best of mean square norm 1.
+    - The trainer's: lr is 2e-4 / sqrt(d_sae / 2**14) there, and activations may be scaled to a mean
+      square norm of 1. Adam's betas and the clipping of gradients at norm 1 are SAELens' own.
     - b_dec starts at the geometric median of the first batch there, and at 0 here.
-    - The auxiliary loss is SAELens'. Theirs is divided by the variance of the residual, takes
-      activations after the ReLU, and counts a latent as dead after 10 million activations (SAELens:
-      `dead_feature_window` steps). The coefficient is their `auxk_alpha`, 1/32, to which theirs
-      comes down where that variance is 1.
+    - The auxiliary loss is SAELens'. Theirs takes activations after the ReLU, is divided by the
+      variance of the residual, and counts a latent as dead after 10 million activations (SAELens:
+      `dead_feature_window` steps). The coefficient is their `auxk_alpha`, 1/32, right where that
+      variance is 1.
 
     Args:
         d_in: Width of the activations.
@@ -62,18 +62,15 @@ def bussmann(
     """The step of `GlobalBatchTopKMatryoshkaSAE` of bartbussmann/matryoshka_sae, the paper's code.
 
     Weights and threshold move as there: the loss is the mean over b_dec alone, the n levels, and
-    d_in; no encoder bias; decoder rows are given norm 1 at each update, before it; scores go
-    without the decoder's norm. Two things are not the config's:
+    d_in; there is no encoder bias; decoder rows are given norm 1 just before each update; scores go
+    without the decoder's norm. The encoder starts in the decoder's direction, with the norm that it
+    has there on average, sqrt(2 d_in / d_sae). Two things are not the config's:
 
-    - The trainer's: Adam's betas are 0.9 and 0.99 there, lr 3e-4, a batch 4,096. SAELens clips
-      gradients at norm 1, and there nothing is clipped in practice. With a loss divided by d_in
-      their norm stays below that, unless activations are large.
+    - The trainer's: Adam's betas are 0.9 and 0.99 there, and lr 3e-4. SAELens clips gradients at
+      norm 1, and there nothing is clipped in practice: steps are equal while the norm is below 1.
     - The auxiliary loss is SAELens'. Theirs takes 512 dead latents' activations after the ReLU, and
       counts a latent as dead after 20 batches (SAELens: `dead_feature_window`). The coefficient,
-      1/(32 d_in), gives the same squared error the same weight.
-
-    The encoder starts in the direction of the decoder, as there, with the norm that it has there on
-    average, sqrt(2 d_in / d_sae).
+      1/(32 d_in), gives the squared error the weight that it has there.
 
     Args:
         d_in: Width of the activations.

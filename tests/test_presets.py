@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.peers.make_steps import D_IN, GROUP_SIZES, N_STEPS, N_TOKENS
 from tests.steps import relative_error
 from tests.test_peers import run_peers
 
+DOCS = Path(__file__).parents[1] / "docs" / "variants.md"
 D_SAE, K = sum(GROUP_SIZES), 4
 WIDTHS = [sum(GROUP_SIZES[:end]) for end in range(1, len(GROUP_SIZES) + 1)]
 
@@ -207,3 +209,18 @@ def test_bad_options(preset: Any, options: dict[str, Any], message: str) -> None
     good = {"d_in": 8, "d_sae": 16, "k": 4, "matryoshka_widths": [4, 16]}
     with pytest.raises(ValueError, match=message):
         preset(**{**good, **options})
+
+
+def test_the_lines_of_config_in_the_docs() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    lines = re.findall(r"^- \*\*.*?`(\w+=[^`]+)`$", text, re.S | re.M)
+    assert len(lines) == text.count("- **") == 13
+    for line in lines:
+        options = eval(f"dict({line})")
+        cfg = MatryoshkaTrainingSAEConfig(d_in=8, d_sae=4096, k=25, **options)
+        assert {name: getattr(cfg, name) for name in options} == options
+
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert (names["sae"].latent_order, names["sae"].bias_level) == ("frequency", True)
