@@ -23,19 +23,23 @@ SITE = ROOT / ".peers" / "site"
 WIDTHS = [4, 16, 64]
 
 
-@pytest.fixture(scope="session")
-def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where the peers' own packages wrote their checkpoints."""
+def run_peers(script: str, out: Path) -> Path:
+    """Let the peers' own packages write to `out`, by a script of tests/peers."""
     if not SITE.is_dir():
         pytest.fail(f"{SITE}, which holds the peers' packages, is missing: `make test` makes it.")
-    out = tmp_path_factory.mktemp("peers")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "peers" / "make_checkpoints.py", out],
+        [sys.executable, ROOT / "tests" / "peers" / script, out],
         env={**os.environ, "PYTHONPATH": str(SITE)},
         check=True,
         timeout=300,
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where the peers' own packages wrote their checkpoints."""
+    return run_peers("make_checkpoints.py", tmp_path_factory.mktemp("peers"))
 
 
 @pytest.mark.parametrize("source", ["folder", "Hub"])
