@@ -49,7 +49,7 @@ def plan_synth(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[]
         "--variants",
         type=lambda text: text.split(","),
         metavar="V,V,…",
-        help="l1 and architectures of SAELens; default: l1,batchtopk,matryoshka for toy, "
+        help="l1, recommended and architectures of SAELens; default: l1,batchtopk,matryoshka for toy, "
         "batchtopk,matryoshka_batchtopk,matryoshka for synthsaebench",
     )
     parser.add_argument(
@@ -59,6 +59,11 @@ def plan_synth(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[]
         metavar="FIELD=V,V,…",
         help="values of a field of the matryoshka variant, or of k in every variant; levels=3,5 is "
         "the number of levels; lists are written 5/20; may be given again, and all are combined",
+    )
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="vary each field alone, against the defaults, instead of combining them",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="activations to train on")
     parser.add_argument("--lr", type=float, help="learning rate")
@@ -70,7 +75,9 @@ def plan_synth(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[]
     parsed = parser.parse_args(words)
 
     benchmark = _benchmark(parsed)
-    variants = plan_variants(benchmark, parsed.variants or benchmark.variants, parsed.vary)
+    variants = plan_variants(
+        benchmark, parsed.variants or benchmark.variants, parsed.vary, parsed.one_at_a_time
+    )
     for seed in parsed.seeds:
         check_seed(seed)
     if parsed.jobs is not None and parsed.jobs < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -59,6 +60,27 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
         if self.normalizes_per_row:
             _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
         super().__post_init__()
+
+    @classmethod
+    def recommended(
+        cls, d_in: int, d_sae: int, k: float, n_steps: int, **options: Any
+    ) -> MatryoshkaTrainingSAEConfig:
+        """The options that found true features best on the small SynthSAEBench.
+
+        See docs/results/synthsaebench.md for what they gain, and the training that goes with them.
+
+        Args:
+            d_in: Width of the activations.
+            d_sae: Number of latents.
+            k: Mean number of active latents per activation.
+            n_steps: Training steps of the run.
+            options: Any other field of the config; those set here may be replaced.
+
+        Raises:
+            ValueError: naming the field, its value and what is accepted.
+        """
+        recipe: dict[str, Any] = {"latent_order": "frequency"}
+        return cls(d_in=d_in, d_sae=d_sae, k=k, **{**recipe, **options})
 
 
 @dataclass

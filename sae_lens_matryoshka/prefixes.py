@@ -64,7 +64,7 @@ def resolve_widths(widths: Sequence[int], d_sae: int) -> list[int]:
         warnings.warn(
             f"matryoshka_widths={resolved} does not end at d_sae={d_sae}: a last level of "
             f"{d_sae} latents is added.",
-            stacklevel=4,  # the caller of the config's constructor
+            stacklevel=5,  # the caller of the config's constructor
         )
         resolved.append(d_sae)
     return resolved

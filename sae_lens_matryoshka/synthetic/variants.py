@@ -16,6 +16,7 @@ from sae_lens_matryoshka.run_config import _value, unknown_field
 from sae_lens_matryoshka.synthetic.models import Benchmark
 
 LEVELS = "levels"
+RECOMMENDED = "recommended"
 _VARIED = MatryoshkaTrainingSAEConfig.architecture()
 _ARCHITECTURES = {"l1": "standard"}  # by the name that papers use
 _FIXED = ("d_in", "d_sae", "device", "metadata")
@@ -24,25 +25,53 @@ _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
 @dataclass(frozen=True)
+class Training:
+    """How an SAE is trained on the samples of a benchmark.
+
+    Attributes:
+        batch_size: Activations per step; the benchmark's is a multiple of it.
+        lr: Learning rate of Adam.
+        lr_decay: Share of the steps, at the end, over which it falls to 0.
+    """
+
+    batch_size: int
+    lr: float
+    lr_decay: float = 0.0
+
+
+def training_of(benchmark: Benchmark, name: str) -> Training:
+    """How a variant is trained: as all others, or as its recipe says."""
+    if name == RECOMMENDED:
+        return Training(batch_size=benchmark.batch_size // 4, lr=benchmark.lr, lr_decay=0.2)
+    return Training(batch_size=benchmark.batch_size, lr=benchmark.lr)
+
+
+@dataclass(frozen=True)
 class Variant:
     """An SAE to train, and the name of its folder and of its row in the tables."""
 
     name: str
     cfg: TrainingSAEConfig
+    training: Training
 
 
 def plan_variants(
-    benchmark: Benchmark, names: Sequence[str], vary: Sequence[str] = ()
+    benchmark: Benchmark,
+    names: Sequence[str],
+    vary: Sequence[str] = (),
+    one_at_a_time: bool = False,
 ) -> list[Variant]:
     """The variants that `names` and `vary` ask for.
 
     Args:
         benchmark: What they are to be trained on.
-        names: Each "l1" or an architecture that is registered with SAELens.
+        names: Each "l1", "recommended" or an architecture that is registered with SAELens.
         vary: Each `field=value,value,…`; the product of all is made. `k` is varied in every variant
             that has it, any other field of `MatryoshkaTrainingSAEConfig` in "matryoshka" alone. A
             list is written with slashes: `matryoshka_widths=5/20,10/20`. `levels` is a number of
             levels; see `level_widths`.
+        one_at_a_time: Instead of the product, each value alone against the defaults, which come
+            first.
 
     Raises:
         ValueError: a name, field or value is not accepted, or a name comes twice.
@@ -64,17 +93,16 @@ def plan_variants(
                 f"--vary {field} is not accepted: none of {', '.join(names)} is varied by it; add "
                 f"{_VARIED} to --variants."
             )
-    variants = [
-        _variant(name, base, choice)
-        for name, base in bases.items()
-        for choice in product(
-            *(
-                [(field, text, value) for text, value in values]
-                for field, values in axes.items()
-                if _is_varied(field, name, base)
-            )
-        )
-    ]
+    variants = []
+    for name, base in bases.items():
+        choices = [
+            [(field, text, value) for text, value in values]
+            for field, values in axes.items()
+            if _is_varied(field, name, base)
+        ]
+        combined = [(), *((c,) for axis in choices for c in axis)] if one_at_a_time else None
+        training = training_of(benchmark, name)
+        variants += [_variant(name, base, training, c) for c in combined or product(*choices)]
     twice = {v.name for v in variants if [w.name for w in variants].count(v.name) > 1}
     if twice:
         raise ValueError(f"--vary gives {min(twice)} twice.")
@@ -82,14 +110,19 @@ def plan_variants(
 
 
 def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
-    """The training config of "l1" or of a registered architecture, sized for a benchmark.
+    """The training config of "l1", "recommended" or a registered architecture, for a benchmark.
 
     Raises:
-        ValueError: the name is neither, or the benchmark's k is not accepted.
+        ValueError: the name is none of these, or the benchmark's k is not accepted.
     """
+    if name == RECOMMENDED:
+        n_steps = benchmark.n_samples // training_of(benchmark, name).batch_size
+        return MatryoshkaTrainingSAEConfig.recommended(
+            d_in=benchmark.d_in, d_sae=benchmark.d_sae, k=benchmark.k, n_steps=n_steps
+        )
     architecture = _ARCHITECTURES.get(name, name)
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        accepted = sorted({*_ARCHITECTURES, *SAE_TRAINING_CLASS_REGISTRY})
+        accepted = sorted({RECOMMENDED, *_ARCHITECTURES, *SAE_TRAINING_CLASS_REGISTRY})
         raise ValueError(f"variant {name!r} is not accepted: give one of {', '.join(accepted)}.")
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     sizes = {
@@ -142,7 +175,12 @@ def _is_varied(field: str, name: str, base: TrainingSAEConfig) -> bool:
     return name == _VARIED or (field == "k" and hasattr(base, "k"))
 
 
-def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str, Any]]) -> Variant:
+def _variant(
+    name: str,
+    base: TrainingSAEConfig,
+    training: Training,
+    choice: Sequence[tuple[str, str, Any]],
+) -> Variant:
     changes = {field: value for field, _, value in choice}
     if LEVELS in changes:
         changes["matryoshka_widths"] = level_widths(changes.pop(LEVELS), base.d_sae)
@@ -154,4 +192,4 @@ def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str
         )
     # A slash would make folders; a comma keeps the parts apart.
     parts = (f"{field}={text.replace('/', '-')}" for field, text, _ in choice)
-    return Variant(",".join([name, *parts]), cfg)
+    return Variant(",".join([name, *parts]), cfg, training)
