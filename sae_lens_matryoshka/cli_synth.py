@@ -49,8 +49,8 @@ def plan_synth(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[]
         "--variants",
         type=lambda text: text.split(","),
         metavar="V,V,…",
-        help="l1, recommended and architectures of SAELens; default: l1,batchtopk,matryoshka for toy, "
-        "batchtopk,matryoshka_batchtopk,matryoshka for synthsaebench",
+        help="l1, recommended and architectures of SAELens; default: l1,batchtopk,matryoshka for "
+        "toy, batchtopk,matryoshka_batchtopk,matryoshka for synthsaebench",
     )
     parser.add_argument(
         "--vary",

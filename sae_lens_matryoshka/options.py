@@ -72,7 +72,7 @@ class NestedOptions:
 
     matryoshka_widths: list[int] = field(default_factory=list)
     # without this a command line could not give a list
-    level_weights: list[float] | float = command_line_field(
+    level_weights: list[float] | float = command_line_field(  # noqa: RUF009
         default=1.0, nargs="+", type=float, required=False
     )
     stop_gradient: StopGradient = "none"
