@@ -119,18 +119,15 @@ def _variant(name: str, benchmark: Benchmark, d_sae: int, k: float, widths: list
 
 def _train(benchmark: Benchmark, variants: list[Variant], seed: int, folder: Path) -> None:
     n_steps = benchmark.n_samples // benchmark.batch_size * len(variants)
-    with tqdm(total=n_steps, desc=f"{len(variants)} SAEs", unit="step", disable=None) as bar:
+    with tqdm(total=n_steps, desc=f"{len(variants)} SAEs", unit="step") as bar:
         train_pass(benchmark, variants, seed, folder, on_step=bar.update)
 
 
 def _level_scores(benchmark: Benchmark, seed: int, folder: Path) -> list[dict[str, float]]:
     model = benchmark.build(seed, "cpu")
     sae = SAE.load_from_disk(run_folder(folder, ONE, seed))
-    scores = []
-    for level in levels(sae):
-        with RandomStream(seed, Purpose.SCORING, "cpu").drawn():
-            scores.append(score(level, model, benchmark.n_scoring_samples))
-    return scores
+    with RandomStream(seed, Purpose.SCORING, "cpu").drawn():
+        return score(levels(sae), model, benchmark.n_scoring_samples)
 
 
 def _n_parameters(d_in: int, d_sae: int) -> int:

@@ -32,7 +32,7 @@ def train_pass(
     seed: int,
     out: Path,
     device: str = "cpu",
-    on_step: Callable[[int], None] = lambda n_steps: None,
+    on_step: Callable[[int], object] = lambda n_steps: None,
 ) -> None:
     """Train variants on one stream of samples, score each as saved, and write each whole.
 
