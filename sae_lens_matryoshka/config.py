@@ -11,6 +11,7 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 from typing_extensions import override
 
+from sae_lens_matryoshka.diagnosis import check_baseline
 from sae_lens_matryoshka.prefixes import resolve_widths
 
 Implementation = Literal["auto", "reference", "sparse"]
@@ -37,6 +38,8 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         implementation: How a training step is computed; the numbers are the same. "reference" is
             dense and reads like the paper; "sparse" touches only the codes that BatchTopK keeps;
             "auto" takes "sparse" wherever it applies.
+        baseline_explained_variance: Variance explained of a BatchTopK SAE of this width and k,
+            above 0 and at most 1, if known: training warns if it ends up far below.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -45,6 +48,7 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     matryoshka_widths: list[int] = field(default_factory=list)
     use_matryoshka_aux_loss: bool = False
     implementation: Implementation = "auto"
+    baseline_explained_variance: float | None = None
 
     @override
     @classmethod
@@ -78,6 +82,8 @@ class MatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
                 f"implementation={self.implementation!r} is not accepted: give one of "
                 f"{', '.join(map(repr, get_args(Implementation)))}."
             )
+        if self.baseline_explained_variance is not None:
+            check_baseline("baseline_explained_variance", self.baseline_explained_variance)
         if self.normalizes_per_row:
             if self.aux_loss_coefficient != 0:
                 raise ValueError(

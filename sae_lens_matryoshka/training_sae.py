@@ -14,6 +14,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.monitoring import TrainingMonitor
 from sae_lens_matryoshka.objective import (
     Layout,
     Levels,
@@ -64,6 +65,7 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
         # Speeds up the selection and never changes it, so a checkpoint does without.
         self._score_floor: float | None = None
         self._sample = ActivationSample()
+        self._monitor = TrainingMonitor(cfg)
 
     @override
     def initialize_weights(self) -> None:
@@ -144,6 +146,9 @@ class MatryoshkaTrainingSAE(BatchTopKTrainingSAE):
 
         self.update_topk_threshold(step.active)
         self._sample.add(step_input.sae_in.detach())
+        self._monitor.observe(
+            step.levels.losses, step.active, step.active_latents, step_input.sae_in
+        )
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=step.levels.sae_out,
