@@ -24,8 +24,11 @@ RARE_SHARE = 0.25  # of the latents that an inner level adds
 MIN_TOKENS = 10_000
 # A latent of one feature is rarely active on more than this; merged parents add up.
 DENSE_LEVEL = 0.25  # active share of a level's latents on the average token
-# Half of normally distributed magnitudes sum to 0.20 of all, and codes without use to less.
-WEAK_HALF = 0.2  # of the sum of scores
+# Half of normally distributed magnitudes sum to 0.20 of all; codes without use to less.
+WEAK_HALF = 0.15  # of the sum of scores
+# Latents of features are sparse; where k asks for more than there are, most codes are not.
+DENSE_RATE = 0.25  # share of tokens on which a latent is active
+DENSE_CODES = 0.5  # share of all codes that are of such latents
 # BatchTopK keeps k per token wherever it finds as many scores above 0.
 FEWER_THAN_K = 0.9
 # From 0.1 where k is near the L0 of synthetic data to 0.5 where it is a fifth of it.
@@ -79,8 +82,11 @@ def diagnose(measured: Measured) -> list[Finding]:
     """The faults that these numbers show, at most one of each kind."""
     if measured.l0[-1] == 0:
         return [Finding("k too small", "No latent is active on any token: try a larger k.")]
-    checks = (_baseline, _close_levels, _rare_inner_latents, _narrow_level, _k)
-    return [finding for check in checks for finding in check(measured)]
+    findings = [*_baseline(measured), *_close_levels(measured)]
+    # Too many or too few codes fill or empty every level; widths are then not to blame.
+    return findings + (
+        [*_k(measured)] or [*_rare_inner_latents(measured), *_narrow_level(measured)]
+    )
 
 
 def check_baseline(name: str, value: Any) -> None:
@@ -170,6 +176,8 @@ def _narrow_level(measured: Measured) -> Iterator[Finding]:
 
 def _k(measured: Measured) -> Iterator[Finding]:
     k, l0 = measured.k, measured.l0[-1]
+    rates = measured.firing_rates
+    dense_codes = (rates[rates > DENSE_RATE].sum() / rates.sum()).item()
     unexplained = 1 - measured.explained_variance[-1]
     if l0 < FEWER_THAN_K * k:
         yield Finding(
@@ -178,16 +186,23 @@ def _k(measured: Measured) -> Iterator[Finding]:
             "positive, or the threshold of a saved SAE does not fit these activations "
             "(calibrate_threshold). Try a smaller k.",
         )
-    elif measured.weak_half < WEAK_HALF:
-        yield Finding(
-            "k too large",
-            f"The weaker half of the k={k:g} active latents has only {measured.weak_half:.0%} of "
-            "the sum of their activations: it adds next to nothing. Try a smaller k.",
-        )
     elif unexplained * measured.weak_score**2 > STRONG_MARGIN:
         yield Finding(
             "k too small",
             f"{unexplained:.0%} of the variance is unexplained, while nine in ten of the k={k:g} "
             f"active latents are above {measured.weak_score:.0%} of the mean activation: those "
             "just left out would explain nearly as much each. Try a larger k.",
+        )
+    elif measured.weak_half < WEAK_HALF:
+        yield Finding(
+            "k too large",
+            f"The weaker half of the k={k:g} active latents has only {measured.weak_half:.0%} of "
+            "the sum of their activations: it adds next to nothing. Try a smaller k.",
+        )
+    elif dense_codes > DENSE_CODES:
+        yield Finding(
+            "k too large",
+            f"{dense_codes:.0%} of the k={k:g} active latents of the average token are active on "
+            f"more than {DENSE_RATE:.0%} of all tokens: they are spread over everything instead of "
+            "standing for something. Try a smaller k.",
         )
