@@ -22,17 +22,20 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
+from sae_lens_matryoshka.diagnosis import Finding, check_baseline, diagnose
 from sae_lens_matryoshka.evals.level_report import draw_level_stats, level_note, level_table
 from sae_lens_matryoshka.evals.level_stats import (
     LevelStats,
     measure_levels,
     measure_levels_in_model,
+    measured_of,
     stats_from_weights,
 )
 from sae_lens_matryoshka.files import whole_file
 from sae_lens_matryoshka.formats import read_pickle
 from sae_lens_matryoshka.hub import load_sae
-from sae_lens_matryoshka.levels import widths_of
+from sae_lens_matryoshka.levels import set_widths, widths_of
+from sae_lens_matryoshka.monitoring import CodeStats
 from sae_lens_matryoshka.publishing import check_names, publish, write_publication
 
 _ACTIVATION_SUFFIXES = (".npy", ".pt", ".safetensors")
@@ -49,8 +52,21 @@ def plan_levels(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[
     _add_measuring(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw L0 and variance explained")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON as well")
+    parser.add_argument(
+        "--diagnose", action="store_true", help="say what looks wrong with the SAE, and what to try"
+    )
+    parser.add_argument(
+        "--baseline-explained-variance",
+        type=float,
+        metavar="SHARE",
+        help="of a BatchTopK SAE of this width and k, to compare with, such as 0.78",
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="DIR", help="the folder of such an SAE, to measure as well"
+    )
     parsed = parser.parse_args(words)
     _check_measuring(parsed)
+    _check_diagnosing(parsed)
     if parsed.plot and not (parsed.activations or parsed.dataset):
         raise ValueError(
             "--plot draws L0 and variance explained, which are measured: give --activations or "
@@ -71,8 +87,16 @@ def _levels(parsed: argparse.Namespace) -> int:
         matryoshka_widths=parsed.matryoshka_widths,
         device=parsed.device,
     )
-    rows = _stats(sae, parsed)
+    codes = CodeStats()
+    rows = _stats(sae, parsed, codes)
     print(f"{level_table(rows)}\n\n{level_note(rows, _measured_on(parsed))}")
+    findings: list[Finding] = []
+    if parsed.diagnose:
+        findings = diagnose(measured_of(sae, rows, codes, _baseline(parsed)))
+        print(
+            "\n"
+            + ("\n".join(f"- {f.kind}: {f.message}" for f in findings) or "Nothing stands out.")
+        )
     name = " ".join(filter(None, (parsed.release_or_dir, parsed.sae_id)))
     if parsed.json:
         report = {
@@ -80,11 +104,38 @@ def _levels(parsed: argparse.Namespace) -> int:
             "measured_on": _measured_on(parsed),
             "levels": [row._asdict() for row in rows],
         }
+        if parsed.diagnose:
+            report["findings"] = [finding._asdict() for finding in findings]
         with whole_file(parsed.json) as unfinished:
             unfinished.write_text(json.dumps(report, indent=2) + "\n")
     if parsed.plot:
         draw_level_stats(parsed.plot, rows, title=name)
     return 0
+
+
+def _baseline(parsed: argparse.Namespace) -> float | None:
+    """The variance that the baseline explains, given or measured."""
+    if parsed.baseline is None:
+        return parsed.baseline_explained_variance
+    sae = load_sae(str(parsed.baseline), device=parsed.device)
+    set_widths(sae, [sae.cfg.d_sae])  # it is measured whole
+    return _stats(sae, parsed)[-1].explained_variance
+
+
+def _check_diagnosing(parsed: argparse.Namespace) -> None:
+    if parsed.diagnose and not (parsed.activations or parsed.dataset):
+        raise ValueError(
+            "--diagnose goes by what is measured: give --activations or --dataset as well."
+        )
+    share, folder = parsed.baseline_explained_variance, parsed.baseline
+    if not parsed.diagnose and (share is not None or folder):
+        raise ValueError("a baseline is for --diagnose: give that as well.")
+    if share is not None and folder:
+        raise ValueError("--baseline and --baseline-explained-variance say the same: give one.")
+    if share is not None:
+        check_baseline("--baseline-explained-variance", share)
+    if folder and not folder.is_dir():
+        raise ValueError(f"--baseline={str(folder)!r} is no folder.")
 
 
 def plan_publish(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
@@ -192,10 +243,12 @@ def _check_measuring(parsed: argparse.Namespace) -> None:
             raise ValueError(f"--{flag}={getattr(parsed, name)} is not accepted: give 1 or more.")
 
 
-def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
+def _stats(
+    sae: SAE[Any], parsed: argparse.Namespace, codes: CodeStats | None = None
+) -> list[LevelStats]:
     widths_of(sae)  # before anything long begins
     if parsed.activations:
-        return measure_levels(sae, _read_activations(parsed.activations, sae))
+        return measure_levels(sae, _read_activations(parsed.activations, sae), codes=codes)
     if not parsed.dataset:
         return stats_from_weights(sae)
     metadata = sae.cfg.metadata
@@ -221,7 +274,7 @@ def _stats(sae: SAE[Any], parsed: argparse.Namespace) -> list[LevelStats]:
         )
     except (DatasetsError, FileNotFoundError) as error:
         raise ValueError(f"--dataset={parsed.dataset!r} can't be read: {error}") from error
-    return measure_levels_in_model(sae, model, store, parsed.n_batches)
+    return measure_levels_in_model(sae, model, store, parsed.n_batches, codes)
 
 
 def _measured_on(parsed: argparse.Namespace) -> str:

@@ -16,6 +16,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
+from sae_lens_matryoshka.diagnosis import check_baseline
 from sae_lens_matryoshka.options import NestedOptions, SparsitySchedule, checked_count, refused
 
 
@@ -35,6 +36,8 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
         topk_threshold_start_step: Step after which `topk_threshold` follows the cut, beginning with
             the first cut it sees (dictionary_learning); left out, it follows from the first step
             on, beginning with 0 (SAELens). The saved SAE's threshold is calibrated either way.
+        baseline_explained_variance: Variance explained of a BatchTopK SAE of this width and k,
+            above 0 and at most 1, if known: training warns if it ends up far below.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -42,6 +45,7 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     use_matryoshka_aux_loss: bool = False
     topk_threshold_start_step: int | None = None
+    baseline_explained_variance: float | None = None
 
     @override
     @classmethod
@@ -57,6 +61,8 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
             self.topk_threshold_start_step = checked_count(
                 "topk_threshold_start_step", self.topk_threshold_start_step, 0
             )
+        if self.baseline_explained_variance is not None:
+            check_baseline("baseline_explained_variance", self.baseline_explained_variance)
         if self.normalizes_per_row:
             _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
         super().__post_init__()

@@ -42,11 +42,10 @@ def calibrate_threshold(
             f"calibrate_threshold needs a JumpReLUSAE, which is what a BatchTopK SAE is saved as; "
             f"got {type(sae).__name__}."
         )
-    metadata = sae.cfg.metadata
     if l0 is None:
-        is_level = (metadata.matryoshka_level or {}).get("d_sae", sae.cfg.d_sae) != sae.cfg.d_sae
-        l0 = None if is_level else (metadata.training_architecture_details or {}).get("k")
+        l0 = k_of_training(sae)
         if l0 is None:
+            is_level = _is_level(sae)
             raise ValueError(
                 "l0=None is not accepted for this SAE, because "
                 + ("it is a level" if is_level else "its metadata holds no `k` of its training")
@@ -84,6 +83,16 @@ def calibrate_threshold(
             "sae.threshold holds different values, some of them 0 or less: these are not the "
             "thresholds of a BatchTopK SAE."
         )
+
+
+def k_of_training(sae: SAE[Any]) -> float | None:
+    """The `k` that an SAE was trained with; None where its metadata holds none, and for a level."""
+    details = sae.cfg.metadata.training_architecture_details or {}
+    return None if _is_level(sae) else details.get("k")
+
+
+def _is_level(sae: SAE[Any]) -> bool:
+    return (sae.cfg.metadata.matryoshka_level or {}).get("d_sae", sae.cfg.d_sae) != sae.cfg.d_sae
 
 
 @torch.no_grad()

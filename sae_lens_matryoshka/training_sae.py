@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.monitoring import TrainingMonitor
 from sae_lens_matryoshka.nested import NestedTrainingSAE, Plan
 from sae_lens_matryoshka.objective import Layout, Levels, auxiliary_loss, encode_selected
 from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes, select
@@ -53,6 +54,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         # Speeds up the selection and never changes it, so a checkpoint does without.
         self._score_floor: float | None = None
         self._sample = ActivationSample()
+        self._monitor = TrainingMonitor(cfg)
 
     @override
     @torch.no_grad()
@@ -127,6 +129,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self._follow_threshold(step.active, n_steps)
         self.count_firings(step.active_latents, len(sae_in))
         self._sample.add(sae_in.detach())
+        self._observe(step, sae_in, plan)
         output.metrics = {"topk_threshold": self.topk_threshold}
         if step_input.is_logging_step:
             output.metrics.update(self._measured_levels(step_input, step, plan))
@@ -140,6 +143,14 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self.update_topk_threshold(active)
         if is_first:  # the moving average began at 0 and moved by the share lr of the cut
             self.topk_threshold /= self.cfg.topk_threshold_lr
+
+    def _observe(self, step: _Step, sae_in: torch.Tensor, plan: Plan) -> None:
+        if self.cfg.is_sampled:  # no step computes the losses of the levels to be judged
+            return
+        latents = step.active_latents
+        places = latents if plan.ranks is None else plan.ranks[latents]
+        losses = step.levels.losses[self.cfg.bias_level :]
+        self._monitor.observe(losses, step.active, places, sae_in)
 
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether the step is to be computed by the reference."""

@@ -16,7 +16,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import cosine_similarities, get_special_token_ids
 from tqdm.auto import tqdm
 
+from sae_lens_matryoshka.diagnosis import Measured
 from sae_lens_matryoshka.levels import decode_levels, levels, widths_of
+from sae_lens_matryoshka.monitoring import CodeStats
+from sae_lens_matryoshka.thresholds import k_of_training
 
 _CHUNK_ELEMENTS = 2**25
 _N_CHUNKS = 16  # of activations in one tensor, to see how L0 differs between them
@@ -77,7 +80,10 @@ def stats_from_weights(sae: SAE[Any]) -> list[LevelStats]:
 
 @torch.no_grad()
 def measure_levels(
-    sae: SAE[Any], batches: torch.Tensor | Iterable[torch.Tensor], n_batches: int | None = None
+    sae: SAE[Any],
+    batches: torch.Tensor | Iterable[torch.Tensor],
+    n_batches: int | None = None,
+    codes: CodeStats | None = None,
 ) -> list[LevelStats]:
     """The levels of an SAE, measured on activations: L0, variance explained, dead latents.
 
@@ -87,6 +93,7 @@ def measure_levels(
         sae: An SAE whose widths are known.
         batches: One tensor or several, each (…, d_in), for hook_z with the heads flattened.
         n_batches: How many there are, for the progress bar.
+        codes: Takes the codes of the whole SAE as well, for a diagnosis.
 
     Raises:
         ValueError: the widths of `sae` are not known, or the activations are empty, not finite, not
@@ -96,6 +103,7 @@ def measure_levels(
     nested = levels(sae)
     for level in nested:
         level.turn_off_forward_pass_hook_z_reshaping()
+    norms = nested[-1].W_dec.norm(dim=-1)
     firings = [torch.zeros(row.width, dtype=torch.int64, device=sae.device) for row in rows]
     variances = [ExplainedVarianceCalculator() for _ in rows]
     n_tokens: list[int] = []  # of each batch, as n_active: (batches, P)
@@ -109,6 +117,9 @@ def measure_levels(
             for p, (acts, reconstruction) in enumerate(_encoded(nested, x)):
                 firings[p] += (acts != 0).sum(0)
                 variances[p].add_batch(reconstruction, x)
+                if codes is not None and acts.shape[1] == sae.cfg.d_sae:
+                    tokens, latents = acts.nonzero(as_tuple=True)
+                    codes.add(acts[tokens, latents] * norms[latents], latents, len(x), len(norms))
         n_tokens.append(batch[..., 0].numel())
         counts = [int(counts.sum()) for counts in firings]
         n_active.append([now - then for now, then in zip(counts, before, strict=True)])
@@ -131,7 +142,11 @@ def measure_levels(
 
 
 def measure_levels_in_model(
-    sae: SAE[Any], model: Any, store: ActivationsStore, n_batches: int
+    sae: SAE[Any],
+    model: Any,
+    store: ActivationsStore,
+    n_batches: int,
+    codes: CodeStats | None = None,
 ) -> list[LevelStats]:
     """The levels of an SAE, measured in its model on the next `n_batches` batches of prompts.
 
@@ -144,6 +159,7 @@ def measure_levels_in_model(
         model: The model that `store` runs, as SAELens loads it.
         store: `ActivationsStore.from_sae(model, sae, dataset, …)`.
         n_batches: Each of `store.store_batch_size_prompts` prompts.
+        codes: As `measure_levels`.
 
     Raises:
         ValueError: as `measure_levels`.
@@ -155,7 +171,7 @@ def measure_levels_in_model(
     replay.get_batch_tokens = partial(_next_of, itertools.cycle(tokens))
     rows = []
     for row, level in zip(
-        measure_levels(sae, _activations(store, tokens, excluded), n_batches),
+        measure_levels(sae, _activations(store, tokens, excluded), n_batches, codes),
         tqdm(levels(sae), desc="Running the model with each level", leave=False),
         strict=True,
     ):
@@ -179,6 +195,44 @@ def measure_levels_in_model(
             )
         )
     return rows
+
+
+def measured_of(
+    sae: SAE[Any],
+    rows: list[LevelStats],
+    codes: CodeStats,
+    baseline_explained_variance: float | None = None,
+) -> Measured:
+    """What a diagnosis is made from, once the levels of an SAE are measured.
+
+    Args:
+        sae: The SAE that `rows` and `codes` are of. Where nothing says with which k it was trained,
+            its L0 stands in.
+        rows: Of `measure_levels` or `measure_levels_in_model`.
+        codes: What they added to it.
+        baseline_explained_variance: As `Measured`.
+
+    Raises:
+        ValueError: the levels were not measured on activations.
+    """
+    explained_variance = [
+        row.explained_variance for row in rows if row.explained_variance is not None
+    ]
+    l0 = [row.l0 for row in rows if row.l0 is not None]
+    if not len(l0) == len(explained_variance) == len(rows):
+        raise ValueError("rows hold no l0 and explained_variance: measure them on activations.")
+    k = getattr(sae.cfg, "k", None) or k_of_training(sae) or sae.cfg.metadata.l0 or l0[-1]
+    return Measured(
+        widths=[row.width for row in rows],
+        explained_variance=explained_variance,
+        l0=l0,
+        firing_rates=codes.firing_rates,
+        n_tokens=codes.n_tokens,
+        weak_score=codes.weak_score,
+        weak_half=codes.weak_half,
+        k=k,
+        baseline_explained_variance=baseline_explained_variance,
+    )
 
 
 def _next_of(tokens: Iterator[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
