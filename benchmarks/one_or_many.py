@@ -34,7 +34,7 @@ from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
 from sae_lens_matryoshka.synthetic.runs import read_runs, run_folder
 from sae_lens_matryoshka.synthetic.scores import score
 from sae_lens_matryoshka.synthetic.training import train_pass
-from sae_lens_matryoshka.synthetic.variants import Variant, training_of
+from sae_lens_matryoshka.synthetic.variants import Variant
 
 ONE = "one Matryoshka SAE"
 SCORES = {"f1": "F1", "mcc": "MCC", "absorption": "absorption", "explained_variance": "var. expl."}
@@ -114,7 +114,7 @@ def _variant(name: str, benchmark: Benchmark, d_sae: int, k: float, widths: list
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=benchmark.d_in, d_sae=d_sae, k=k, matryoshka_widths=widths
     )
-    return Variant(name, cfg, training_of(benchmark, cfg.architecture()))
+    return Variant(name, cfg)
 
 
 def _train(benchmark: Benchmark, variants: list[Variant], seed: int, folder: Path) -> None:

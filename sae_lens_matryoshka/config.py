@@ -69,23 +69,24 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     @classmethod
     def recommended(
-        cls, d_in: int, d_sae: int, k: float, n_steps: int, **options: Any
+        cls, d_in: int, d_sae: int, k: float, **options: Any
     ) -> MatryoshkaTrainingSAEConfig:
         """The options that found true features best on the small SynthSAEBench.
 
-        See docs/results/synthsaebench.md for what they gain, and the training that goes with them.
+        Levels are made of the most frequent latents, and only the outermost level's loss reaches
+        further in (Chanin's variants on SynthSAEBench); docs/results/synthsaebench.md tells what
+        this gains, and on which data.
 
         Args:
             d_in: Width of the activations.
             d_sae: Number of latents.
             k: Mean number of active latents per activation.
-            n_steps: Training steps of the run.
             options: Any other field of the config; those set here may be replaced.
 
         Raises:
             ValueError: naming the field, its value and what is accepted.
         """
-        recipe: dict[str, Any] = {"latent_order": "frequency"}
+        recipe: dict[str, Any] = {"latent_order": "frequency", "stop_gradient": "inner"}
         return cls(d_in=d_in, d_sae=d_sae, k=k, **{**recipe, **options})
 
 

@@ -124,7 +124,7 @@ class TrainingMonitor:
             n_tokens=self._codes.n_tokens,
             weak_score=self._codes.weak_score,
             weak_half=self._codes.weak_half,
-            k=self._cfg.k,
+            k=self._cfg.k_at(self._n_steps),
             # A baseline is trained to the end: the first check can't tell where this run will be,
             baseline_explained_variance=None
             if before is None

@@ -58,7 +58,6 @@ def settings_of(benchmark: Benchmark, variant: Variant, seed: int) -> dict[str, 
         **{name: getattr(benchmark, name) for name in _SHARED},
         "seed": seed,
         "architecture": variant.cfg.architecture(),
-        "training": variant.training,
         "sae": sae,
     }
     # As it is read back. An option may itself be a dataclass, such as a schedule.

@@ -65,8 +65,7 @@ def train_pass(
             start = time.perf_counter()
             # Some SAEs draw in training, and the next one must not notice.
             with streams[name].drawn():
-                for batch in x.split(trainer.cfg.train_batch_size_samples):
-                    _step(trainer, batch, name)
+                _step(trainer, x, name)
             seconds[name] += time.perf_counter() - start
         on_step(len(trainers))
     with ExitStack() as unfinished:
@@ -115,15 +114,12 @@ def _trainer(benchmark: Benchmark, variant: Variant, device: str) -> SAETrainer[
     cfg = copy.deepcopy(variant.cfg)  # training writes to its metadata
     cfg.device = device
     sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture()][0]
-    training = variant.training
-    n_samples = benchmark.n_samples // benchmark.batch_size * benchmark.batch_size
-    n_steps = n_samples // training.batch_size
+    n_steps = benchmark.n_samples // benchmark.batch_size
     trainer_cfg = SAETrainerConfig(
-        total_training_samples=n_samples,
-        train_batch_size_samples=training.batch_size,
-        lr=training.lr,
-        lr_end=training.lr,
-        lr_decay_steps=int(training.lr_decay * n_steps),
+        total_training_samples=n_steps * benchmark.batch_size,
+        train_batch_size_samples=benchmark.batch_size,
+        lr=benchmark.lr,
+        lr_end=benchmark.lr,
         device=device,
         # Counted from here to the end, which is then a window of the last steps.
         feature_sampling_window=n_steps - n_steps // _SHARE_OF_L0,

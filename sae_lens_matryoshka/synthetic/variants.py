@@ -25,34 +25,11 @@ _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
 @dataclass(frozen=True)
-class Training:
-    """How an SAE is trained on the samples of a benchmark.
-
-    Attributes:
-        batch_size: Activations per step; the benchmark's is a multiple of it.
-        lr: Learning rate of Adam.
-        lr_decay: Share of the steps, at the end, over which it falls to 0.
-    """
-
-    batch_size: int
-    lr: float
-    lr_decay: float = 0.0
-
-
-def training_of(benchmark: Benchmark, name: str) -> Training:
-    """How a variant is trained: as all others, or as its recipe says."""
-    if name == RECOMMENDED:
-        return Training(batch_size=benchmark.batch_size // 4, lr=benchmark.lr, lr_decay=0.2)
-    return Training(batch_size=benchmark.batch_size, lr=benchmark.lr)
-
-
-@dataclass(frozen=True)
 class Variant:
     """An SAE to train, and the name of its folder and of its row in the tables."""
 
     name: str
     cfg: TrainingSAEConfig
-    training: Training
 
 
 def plan_variants(
@@ -101,8 +78,7 @@ def plan_variants(
             if _is_varied(field, name, base)
         ]
         combined = [(), *((c,) for axis in choices for c in axis)] if one_at_a_time else None
-        training = training_of(benchmark, name)
-        variants += [_variant(name, base, training, c) for c in combined or product(*choices)]
+        variants += [_variant(name, base, choice) for choice in combined or product(*choices)]
     twice = {v.name for v in variants if [w.name for w in variants].count(v.name) > 1}
     if twice:
         raise ValueError(f"--vary gives {min(twice)} twice.")
@@ -116,9 +92,11 @@ def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
         ValueError: the name is none of these, or the benchmark's k is not accepted.
     """
     if name == RECOMMENDED:
-        n_steps = benchmark.n_samples // training_of(benchmark, name).batch_size
         return MatryoshkaTrainingSAEConfig.recommended(
-            d_in=benchmark.d_in, d_sae=benchmark.d_sae, k=benchmark.k, n_steps=n_steps
+            d_in=benchmark.d_in,
+            d_sae=benchmark.d_sae,
+            k=benchmark.k,
+            matryoshka_widths=list(benchmark.matryoshka_widths),
         )
     architecture = _ARCHITECTURES.get(name, name)
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
@@ -175,12 +153,7 @@ def _is_varied(field: str, name: str, base: TrainingSAEConfig) -> bool:
     return name == _VARIED or (field == "k" and hasattr(base, "k"))
 
 
-def _variant(
-    name: str,
-    base: TrainingSAEConfig,
-    training: Training,
-    choice: Sequence[tuple[str, str, Any]],
-) -> Variant:
+def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str, Any]]) -> Variant:
     changes = {field: value for field, _, value in choice}
     if LEVELS in changes:
         changes["matryoshka_widths"] = level_widths(changes.pop(LEVELS), base.d_sae)
@@ -192,4 +165,4 @@ def _variant(
         )
     # A slash would make folders; a comma keeps the parts apart.
     parts = (f"{field}={text.replace('/', '-')}" for field, text, _ in choice)
-    return Variant(",".join([name, *parts]), cfg, training)
+    return Variant(",".join([name, *parts]), cfg)
