@@ -24,7 +24,7 @@ RARE_SHARE = 0.25  # of the latents that an inner level adds
 MIN_TOKENS = 10_000
 # A latent of one feature is rarely active on more than this; merged parents add up.
 DENSE_LEVEL = 0.25  # active share of a level's latents on the average token
-# Synthetic data and the demo's model have 0.21 to 0.43 at a fitting k, 0.11 to 0.19 at a larger one.
+# 0.21 to 0.45 at a fitting k (synthetic data, the demo's model), 0.11 to 0.19 at one far larger.
 WEAK_HALF = 0.2  # of the sum of scores
 # With more unexplained than this, weak codes may still be needed.
 LITTLE_LEFT = 0.1

@@ -124,7 +124,7 @@ def test_healthy_runs_are_silent(
         ),
         (
             "rare inner latents",
-            "10 of the 10 latents that level 10 adds .* Try latent_order",
+            r"\d+ of the 10 latents that level 10 adds .* Try latent_order",
             strong_and_rare,
             {"k": 1.4, "matryoshka_widths": [10, 20]},
         ),
