@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import yaml
+from sae_lens.synthetic import SyntheticSAERunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAE
+from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.prefixes import paper_widths
 from sae_lens_matryoshka.run_config import load_run_config
+from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, synthsaebench_config
+from sae_lens_matryoshka.synthetic.variants import plan_variants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+SYNTHETIC = "synthsaebench-best"  # in the shape of SAELens' SyntheticSAERunnerConfig
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != SYNTHETIC)
 # model, hook, d_in, widths, k, tokens, batch, learning rate
 DOCUMENTED = {
     "demo": (
@@ -105,3 +109,27 @@ def test_config_survives_its_own_dictionary(name: str, tmp_path: Path):
     assert again.pop("checkpoint_path").startswith(written.pop("checkpoint_path"))
     written["seqpos_slice"] = tuple(written["seqpos_slice"])
     assert again == written
+
+
+def test_recommended_recipe_in_full_size() -> None:
+    """The file is the published benchmark with the recommended SAE, which `synth` trains alike."""
+    cfg = SyntheticSAERunnerConfig.from_dict(
+        yaml.safe_load((CONFIGS / f"{SYNTHETIC}.yaml").read_text())
+    )
+    benchmark = SYNTHSAEBENCH["full"]
+    [variant] = plan_variants(benchmark, ["recommended"])
+    options = cfg.sae.to_dict()
+    assert options == variant.cfg.to_dict()
+    assert (
+        options
+        == MatryoshkaTrainingSAEConfig.recommended(
+            d_in=768, d_sae=4096, k=25, matryoshka_widths=[128, 512, 2048, 4096]
+        ).to_dict()
+    )
+    assert (cfg.training_samples, cfg.batch_size, cfg.lr, cfg.lr_end) == (
+        benchmark.n_samples,
+        benchmark.batch_size,
+        benchmark.lr,
+        benchmark.lr,
+    )
+    assert cfg.synthetic_model == synthsaebench_config(n_features=16384, d_in=768, n_roots=128)

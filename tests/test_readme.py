@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
@@ -11,6 +12,24 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from tests.loopback_hub import LoopbackHub
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_variants_are_configs_of_their_options() -> None:
+    (example,) = (
+        code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "level_weights" in code
+    )
+    made = []
+    names: dict[str, Any] = {}
+    for line in example.splitlines():
+        if line.startswith("Matryoshka"):
+            made.append(eval(line.partition("  #")[0], names))
+        else:
+            exec(line, names)
+    assert len(made) == 5
+    assert made[0].weights_at(0) == [0.75**4, 0.75**3, 0.75**2, 0.75, 1]
+    assert (made[1].stop_gradient, made[1].latent_order) == ("inner", "frequency")
+    assert (len(made[2].prefixes_at(0)), made[2].prefixes_at(0)[0] >= 64) == (10, True)
+    assert made[3].k_at(2500) == 60
 
 
 def test_second_level_of_a_published_sae(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.synthetic.models import TOY
 from sae_lens_matryoshka.synthetic.variants import level_widths, plan_variants
 
@@ -48,6 +49,36 @@ def test_the_product_of_what_is_varied():
     assert last.use_matryoshka_aux_loss is True
     assert variants["batchtopk,k=1.5"].k == 1.5
     assert variants["batchtopk,k=1"].k == 1
+
+
+def test_one_at_a_time_is_each_value_alone_behind_the_defaults():
+    vary = ["stop_gradient=inner,all", "k=1,1.5", "level_weights=0.5"]
+    variants = plan_variants(TOY, ["l1", "batchtopk", "matryoshka"], vary, one_at_a_time=True)
+    assert [v.name for v in variants] == [
+        "l1",
+        "batchtopk",
+        "batchtopk,k=1",
+        "batchtopk,k=1.5",
+        "matryoshka",
+        "matryoshka,stop_gradient=inner",
+        "matryoshka,stop_gradient=all",
+        "matryoshka,k=1",
+        "matryoshka,k=1.5",
+        "matryoshka,level_weights=0.5",
+    ]
+    by_name = {v.name: v.cfg for v in variants}
+    assert by_name["matryoshka,k=1"].stop_gradient == "none"
+    assert by_name["matryoshka,stop_gradient=all"].k == TOY.k
+    assert by_name["matryoshka,level_weights=0.5"].level_weights == 0.5
+
+
+def test_recommended_is_the_recipe_in_the_benchmarks_size():
+    (variant,) = plan_variants(TOY, ["recommended"])
+    expected = MatryoshkaTrainingSAEConfig.recommended(
+        d_in=20, d_sae=20, k=TOY.k, matryoshka_widths=list(TOY.matryoshka_widths)
+    )
+    assert variant.cfg.to_dict() == expected.to_dict()
+    assert expected.to_dict() != plan_variants(TOY, ["matryoshka"])[0].cfg.to_dict()
 
 
 def test_numbers_without_a_dot_are_numbers():

@@ -121,19 +121,15 @@ def _with_children(feature_acts: torch.Tensor) -> torch.Tensor:
     return feature_acts
 
 
-def synthsaebench_model(
-    seed: int, device: str = "cpu", *, n_features: int, d_in: int, n_roots: int
-) -> SyntheticModel:
+def synthsaebench_config(*, n_features: int, d_in: int, n_roots: int) -> SyntheticModelConfig:
     """SynthSAEBench, the settings of its second version, at any size.
 
     Args:
-        seed: Not used. The model is the benchmark, and keeps its own.
-        device: Where it is made. CPU and CUDA draw different features from the same seed.
         n_features: True features.
         d_in: Dimension of the activations.
         n_roots: Trees of features.
     """
-    cfg = SyntheticModelConfig(
+    return SyntheticModelConfig(
         num_features=n_features,
         hidden_dim=d_in,
         firing_probability=ZipfianFiringProbabilityConfig(
@@ -148,19 +144,30 @@ def synthsaebench_model(
             compensate_probabilities=True,
             scale_children_by_parent=True,
         ),
-        orthogonalization=(orthogonal := OrthogonalizationConfig(num_steps=100, lr=3e-4)),
+        orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
         correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
         mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
         std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
         bias=0.5,
         seed=42,
     )
-    # What SAELens would make of `cfg`, without its progress bar.
+
+
+def synthsaebench_model(seed: int, device: str = "cpu", **size: int) -> SyntheticModel:
+    """The model of `synthsaebench_config`, as SAELens would make it, without its progress bar.
+
+    Args:
+        seed: Not used. The model is the benchmark, and keeps its own.
+        device: Where it is made. CPU and CUDA draw different features from the same seed.
+        size: Of `synthsaebench_config`.
+    """
+    cfg = synthsaebench_config(**size)
+    assert cfg.orthogonalization is not None
     features = FeatureDictionary(
-        n_features,
-        d_in,
+        cfg.num_features,
+        cfg.hidden_dim,
         bias=cfg.bias,
-        initializer=orthogonal_initializer(**orthogonal.to_dict()),
+        initializer=orthogonal_initializer(**cfg.orthogonalization.to_dict()),
         device=device,
         seed=cfg.seed,
     )
