@@ -104,25 +104,14 @@ def make_trainer(architecture: str) -> SAETrainer[Any, Any]:
     sae = make(architecture, "sparse", FREQUENCY)
     _spread(sae)
     cfg = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
         total_training_samples=BATCH * 20,
-        device="cpu",
-        autocast=False,
+        train_batch_size_samples=BATCH,
         lr=1e-2,
         lr_end=1e-2,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=BATCH,
+        device="cpu",
         dead_feature_window=2,
         feature_sampling_window=100,
         logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=1,
     )
     return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
