@@ -69,24 +69,32 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     @classmethod
     def recommended(
-        cls, d_in: int, d_sae: int, k: float, **options: Any
+        cls, d_in: int, d_sae: int, k: float, n_steps: int, **options: Any
     ) -> MatryoshkaTrainingSAEConfig:
         """The options that found true features best on the small SynthSAEBench.
 
-        Levels are made of the most frequent latents, and only the outermost level's loss reaches
-        further in (Chanin's variants on SynthSAEBench); docs/results/synthsaebench.md tells what
-        this gains, and on which data.
+        Levels are made of the most frequent latents, only the outermost level's loss reaches
+        further in, and k falls from twice its value over the first half of the run (all three are
+        among Chanin's variants on SynthSAEBench). docs/results/synthsaebench.md tells what this
+        gains, and on which data.
 
         Args:
             d_in: Width of the activations.
             d_sae: Number of latents.
             k: Mean number of active latents per activation.
+            n_steps: Training steps of the run.
             options: Any other field of the config; those set here may be replaced.
 
         Raises:
             ValueError: naming the field, its value and what is accepted.
         """
-        recipe: dict[str, Any] = {"latent_order": "frequency", "stop_gradient": "inner"}
+        n_steps = checked_count("n_steps", n_steps, 2)
+        recipe: dict[str, Any] = {
+            "latent_order": "frequency",
+            "stop_gradient": "inner",
+            "k_start": min(2 * k, d_sae),
+            "k_anneal_steps": n_steps // 2,
+        }
         return cls(d_in=d_in, d_sae=d_sae, k=k, **{**recipe, **options})
 
 

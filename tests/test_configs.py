@@ -123,7 +123,11 @@ def test_recommended_recipe_in_full_size() -> None:
     assert (
         options
         == MatryoshkaTrainingSAEConfig.recommended(
-            d_in=768, d_sae=4096, k=25, matryoshka_widths=[128, 512, 2048, 4096]
+            d_in=768,
+            d_sae=4096,
+            k=25,
+            n_steps=200_000_000 // 1024,
+            matryoshka_widths=[128, 512, 2048, 4096],
         ).to_dict()
     )
     assert (cfg.training_samples, cfg.batch_size, cfg.lr, cfg.lr_end) == (

@@ -30,6 +30,7 @@ def test_variants_are_configs_of_their_options() -> None:
     assert (made[1].stop_gradient, made[1].latent_order) == ("inner", "frequency")
     assert (len(made[2].prefixes_at(0)), made[2].prefixes_at(0)[0] >= 64) == (10, True)
     assert made[3].k_at(2500) == 60
+    assert (made[4].k_at(0), made[4].k_at(25_000), made[4].k_at(50_000)) == (80, 60, 40)
 
 
 def test_second_level_of_a_published_sae(hub: LoopbackHub, tmp_path: Path) -> None:

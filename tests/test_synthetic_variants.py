@@ -75,7 +75,11 @@ def test_one_at_a_time_is_each_value_alone_behind_the_defaults():
 def test_recommended_is_the_recipe_in_the_benchmarks_size():
     (variant,) = plan_variants(TOY, ["recommended"])
     expected = MatryoshkaTrainingSAEConfig.recommended(
-        d_in=20, d_sae=20, k=TOY.k, matryoshka_widths=list(TOY.matryoshka_widths)
+        d_in=20,
+        d_sae=20,
+        k=TOY.k,
+        n_steps=TOY.n_samples // TOY.batch_size,
+        matryoshka_widths=list(TOY.matryoshka_widths),
     )
     assert variant.cfg.to_dict() == expected.to_dict()
     assert expected.to_dict() != plan_variants(TOY, ["matryoshka"])[0].cfg.to_dict()

@@ -96,6 +96,7 @@ def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
             d_in=benchmark.d_in,
             d_sae=benchmark.d_sae,
             k=benchmark.k,
+            n_steps=benchmark.n_samples // benchmark.batch_size,
             matryoshka_widths=list(benchmark.matryoshka_widths),
         )
     architecture = _ARCHITECTURES.get(name, name)
