@@ -88,11 +88,12 @@ def _levels(parsed: argparse.Namespace) -> int:
         device=parsed.device,
     )
     codes = CodeStats()
+    baseline = _baseline(parsed)  # first, since it may be no SAE
     rows = _stats(sae, parsed, codes)
     print(f"{level_table(rows)}\n\n{level_note(rows, _measured_on(parsed))}")
     findings: list[Finding] = []
     if parsed.diagnose:
-        findings = diagnose(measured_of(sae, rows, codes, _baseline(parsed)))
+        findings = diagnose(measured_of(sae, rows, codes, baseline))
         print(
             "\n"
             + ("\n".join(f"- {f.kind}: {f.message}" for f in findings) or "Nothing stands out.")

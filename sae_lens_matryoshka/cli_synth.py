@@ -85,7 +85,7 @@ def plan_synth(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[]
     n_jobs = parsed.jobs or (os.cpu_count() or 1 if parsed.device == "cpu" else 1)
     _check_device(parsed.device)
     check_writable("out", parsed.out)
-    lacking = missing(benchmark, variants, parsed.seeds, parsed.out)
+    lacking = missing(benchmark, variants, parsed.seeds, parsed.out, parsed.device)
     return partial(_run, benchmark, variants, lacking, parsed.out, n_jobs, parsed.device)
 
 

@@ -63,6 +63,14 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
             )
         if self.baseline_explained_variance is not None:
             check_baseline("baseline_explained_variance", self.baseline_explained_variance)
+            self.baseline_explained_variance = float(self.baseline_explained_variance)
+            if self.is_sampled:
+                raise refused(
+                    "baseline_explained_variance",
+                    self.baseline_explained_variance,
+                    "it only beside prefix_sampling='fixed': runs with sampled prefixes are not "
+                    "watched, `sae-matryoshka levels --diagnose` judges their SAE",
+                )
         if self.normalizes_per_row:
             _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
         super().__post_init__()
@@ -95,6 +103,8 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
             "k_start": min(2 * k, d_sae),
             "k_anneal_steps": n_steps // 2,
         }
+        if options.get("k_start", k) is None:
+            del recipe["k_anneal_steps"]
         return cls(d_in=d_in, d_sae=d_sae, k=k, **{**recipe, **options})
 
 

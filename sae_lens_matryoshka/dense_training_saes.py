@@ -73,7 +73,9 @@ class _DenselyEncoded(NestedTrainingSAE):
         active_latents = feature_acts.detach().nonzero(as_tuple=True)[1]
         self.count_firings(active_latents, len(sae_in))
         if step_input.is_logging_step:
-            losses = self.measured_losses(levels, acts.detach(), sae_in, plan)
+            losses = levels.losses.detach()[self.cfg.bias_level :]
+            if self.cfg.is_sampled:
+                losses = self.measured_losses(acts.detach(), sae_in, plan)
             output.metrics.update(self.level_metrics(step_input, losses, active_latents, plan))
         return output
 

@@ -65,6 +65,7 @@ class Measured:
         weak_half: Share of the sum of the active scores that the weaker half of them has.
         k: Latents per token that training asked for.
         baseline_explained_variance: Of a BatchTopK SAE of this width and k; None if not known.
+        is_ordered_by_frequency: Whether levels are made of the latents that fire most often.
         expected_gain: What training is still expected to add to the variance explained.
     """
 
@@ -78,6 +79,7 @@ class Measured:
     k: float
     baseline_explained_variance: float | None = None
     expected_gain: float = 0.0
+    is_ordered_by_frequency: bool = False
 
 
 def diagnose(measured: Measured) -> list[Finding]:
@@ -154,9 +156,15 @@ def _rare_inner_latents(measured: Measured) -> Iterator[Finding]:
     if found:
         yield Finding(
             "rare inner latents",
-            f"{', '.join(found)} fire less than half as often as the median latent of the "
-            f"outermost level, which is active on {median:.2g} of the tokens, or never. Try "
-            'latent_order="frequency" or a narrower inner level.',
+            f"{', '.join(found)} fire "
+            + (
+                f"less than half as often as the median latent of the outermost level, which is "
+                f"active on {median:.2g} of the tokens, or never. Try "
+                if median
+                else "never. Try "
+            )
+            + ("" if measured.is_ordered_by_frequency else 'latent_order="frequency" or ')
+            + "a narrower inner level.",
         )
 
 

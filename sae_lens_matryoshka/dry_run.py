@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens_matryoshka.files import check_writable
 from sae_lens_matryoshka.places import check_place, short_model_name
 
+_TOLD = ("d_in", "d_sae", "device", "metadata")
 _BYTES = 16  # of a float32 parameter with its gradient and Adam's two moments
 
 
@@ -45,6 +47,15 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     for name in ("output_path", "checkpoint_path"):
         if getattr(cfg, name) is not None:
             check_writable(name, Path(getattr(cfg, name)))
+    chosen = {
+        f.name: getattr(cfg.sae, f.name)
+        for f in fields(cfg.sae)
+        if f.name not in _TOLD
+        and f.default is not MISSING
+        and getattr(cfg.sae, f.name) != f.default
+    }
+    options = "".join(f", {name}={value!r}" for name, value in chosen.items())
+    lines.append(f"{cfg.sae.architecture()}{options}")
     widths = getattr(cfg.sae, "matryoshka_widths", None)
     if widths:
         lines.append(f"levels of {', '.join(map(str, widths))} latents")

@@ -12,16 +12,14 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import SAEConfig
 
+from sae_lens_matryoshka.latent_order import LATENT_DIM
 from sae_lens_matryoshka.nested import NestedTrainingSAE
 from sae_lens_matryoshka.prefixes import resolve_widths
 
 # The dimension of each tensor of a SAELens SAE that counts latents; None where none does.
 _LATENT_DIM = {
-    "W_enc": 1,
-    "W_dec": 0,
-    "b_enc": 0,
+    **LATENT_DIM,
     "b_dec": None,
-    "threshold": 0,  # JumpReLU
     "b_gate": 0,  # gated
     "b_mag": 0,
     "r_mag": 0,
@@ -156,8 +154,10 @@ def levels(sae: SAE[Any]) -> list[SAE[Any]]:
 def decode_levels(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     """Every level's reconstruction, at the cost of decoding once.
 
-    Equals `truncate(sae, w).decode(feature_acts[..., :w])` for each width w. As with `decode`, an
-    SAE that reshapes or normalises its input takes what its last `encode` saw. Hooks don't fire.
+    Equals `truncate(sae, w).decode(feature_acts[..., :w])` for each width w; for an SAE in training
+    with `latent_order="frequency"`, the w latents are the first of `sae.level_order()`. As with
+    `decode`, an SAE that reshapes or normalises its input takes what its last `encode` saw. Hooks
+    don't fire.
 
     Args:
         sae: An SAE whose widths are known, in training or not.
@@ -179,9 +179,12 @@ def decode_levels(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         acts = acts / sae.W_dec.norm(dim=-1)
     W_dec = sae.W_dec
-    order = sae.level_order() if isinstance(sae, NestedTrainingSAE) else None
-    if order is not None:
-        acts, W_dec = acts[..., order], W_dec[order]
+    if isinstance(sae, NestedTrainingSAE):
+        if sae.cfg.decoder_norm == "unit":
+            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
+        order = sae.level_order()
+        if order is not None:
+            acts, W_dec = acts[..., order], W_dec[order]
     increments = [acts[..., start:end] @ W_dec[start:end] for start, end in pairwise([0, *widths])]
     reconstructions = torch.stack(increments).cumsum(0) + sae.b_dec
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(reconstructions), sae.d_head)

@@ -9,7 +9,9 @@ import torch
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.diagnosis import Measured, diagnose
 
-FIRST_CHECK = 1000  # steps; every later check doubles them
+# Steps; every later check doubles them. The auxiliary loss begins to revive latents after SAELens'
+# dead_feature_window, 1,000 by default, and what it has not done yet is no fault.
+FIRST_CHECK = 4000
 
 
 class CodeStats:
@@ -64,12 +66,16 @@ class CodeStats:
 class TrainingMonitor:
     """Warns of what `diagnose` finds during training, of each kind once.
 
-    It looks after 1,000 steps, 2,000, 4,000 and so on, at the latter half of the steps so far.
+    It looks after 4,000 steps of the run, 8,000, 16,000 and so on, at the latter half of the steps
+    so far, and not before the schedules of k and of the levels' weights have ended.
     """
 
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig) -> None:
         self._cfg = cfg
-        self._n_steps = 0
+        self._settled = max(
+            cfg.k_anneal_steps,
+            cfg.inner_fade_start + cfg.inner_fade_steps if cfg.inner_weight_end < 1 else 0,
+        )
         self._next_check = FIRST_CHECK
         self._explained_variance: float | None = None  # at the last check
         self._warned: set[str] = set()
@@ -87,6 +93,7 @@ class TrainingMonitor:
         active_scores: torch.Tensor,
         active_latents: torch.Tensor,
         sae_in: torch.Tensor,
+        step: int,
     ) -> None:
         """Take one training step, and warn if it is time to look and something is found.
 
@@ -95,9 +102,11 @@ class TrainingMonitor:
             active_scores: (n,) above 0.
             active_latents: (n,) int64.
             sae_in: (B, d_in).
+            step: Steps of the run before this one, those before it was resumed too.
         """
-        self._n_steps += 1
-        if self._n_steps <= FIRST_CHECK // 2:  # a start from random weights says little
+        while step >= self._next_check or step < self._settled > self._next_check // 2:
+            self._next_check *= 2
+        if step < self._next_check // 2:  # a start from random weights says little
             return
         self._codes.add(active_scores, active_latents, len(sae_in), self._cfg.d_sae)
         x = sae_in.float()
@@ -105,12 +114,12 @@ class TrainingMonitor:
         means = torch.cat([level_losses.float(), variance[None]])
         self._n_batches += 1
         self._means = means if self._means is None else self._means.lerp(means, 1 / self._n_batches)
-        if self._n_steps == self._next_check:
-            self._check(self._means)
+        if step + 1 == self._next_check:
+            self._check(self._means, step + 1)
             self._next_check *= 2
             self._start_window()
 
-    def _check(self, means: torch.Tensor) -> None:
+    def _check(self, means: torch.Tensor, n_steps: int) -> None:
         *losses, variance = means.tolist()
         explained_variance = [1 - loss / variance if variance else 0.0 for loss in losses]
         rates = self._codes.firing_rates
@@ -124,7 +133,8 @@ class TrainingMonitor:
             n_tokens=self._codes.n_tokens,
             weak_score=self._codes.weak_score,
             weak_half=self._codes.weak_half,
-            k=self._cfg.k_at(self._n_steps),
+            k=self._cfg.k,
+            is_ordered_by_frequency=self._cfg.latent_order == "frequency",
             # A baseline is trained to the end: the first check can't tell where this run will be,
             baseline_explained_variance=None
             if before is None
@@ -137,6 +147,6 @@ class TrainingMonitor:
             if kind not in self._warned:
                 self._warned.add(kind)
                 warnings.warn(
-                    f"After {self._n_steps:,} training steps: {message}",
-                    stacklevel=4,  # the caller of training_forward_pass
+                    f"After {n_steps:,} training steps: {message}",
+                    stacklevel=6,  # the caller of training_forward_pass
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._projected_decoder: int | None = None
+        self._projected_decoder: weakref.ref[torch.Tensor] | None = None
         if cfg.latent_order == "frequency":
             rates = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
             self.register_buffer("firing_rates", rates)
@@ -124,9 +125,11 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         if self.cfg.decoder_norm == "unit":
             with torch.no_grad():
                 _divide_by_norms(self.W_dec)
-        if self._projected_decoder != id(self.W_dec):  # loading puts another parameter there
+        projected = self._projected_decoder and self._projected_decoder()
+        # loading puts another parameter there
+        if projected is not self.W_dec and self.W_dec.requires_grad:
             self.W_dec.register_post_accumulate_grad_hook(self._project_decoder_gradient)
-            self._projected_decoder = id(self.W_dec)
+            self._projected_decoder = weakref.ref(self.W_dec)
 
     @torch.no_grad()
     def _project_decoder_gradient(self, W_dec: torch.Tensor) -> None:
@@ -233,21 +236,17 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         return metrics
 
     @torch.no_grad()
-    def measured_losses(
-        self, levels: Levels, acts: torch.Tensor, sae_in: torch.Tensor, plan: Plan
-    ) -> torch.Tensor:
-        """(P,) squared error of each level of `cfg.matryoshka_widths`.
+    def measured_losses(self, acts: torch.Tensor, sae_in: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """(P,) squared error of each level of `cfg.matryoshka_widths`, whatever was drawn.
 
         Args:
-            levels: Of the step.
-            acts: (B, d_sae) factors of the decoder, dense or sparse.
+            acts: (B, d_sae) factors of the decoder.
             sae_in: (B, d_in).
             plan: Of the step.
         """
-        if not self.cfg.is_sampled:
-            return levels.losses.detach()[self.cfg.bias_level :]
-        measured = plan._replace(prefixes=self.cfg.matryoshka_widths)
-        return self.dense_levels(acts.to_dense(), sae_in, measured).losses
+        return self.dense_levels(
+            acts, sae_in, plan._replace(prefixes=self.cfg.matryoshka_widths)
+        ).losses
 
     def require_finite(self, output: TrainStepOutput, step_input: TrainStepInput) -> None:
         """Check that the loss is finite.
@@ -283,4 +282,4 @@ def rows_contiguous(W_enc: torch.Tensor) -> torch.Tensor:
 
 
 def _divide_by_norms(W_dec: torch.Tensor) -> torch.Tensor:
-    return W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
+    return W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(W_dec.dtype).tiny))

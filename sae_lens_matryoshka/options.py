@@ -7,7 +7,7 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
-from simple_parsing import field as command_line_field
+from simple_parsing import field as command_line_field  # to give a list on a command line
 
 from sae_lens_matryoshka.prefixes import PrefixSampling, resolve_widths, sample_prefixes
 
@@ -18,6 +18,7 @@ DecoderNorm = Literal["free", "unit", "unit_at_update"]
 
 # SAELens keeps per-batch statistics for these two and forbids them beside the auxiliary loss.
 _PER_ROW_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
+_LARGEST_LOG = 80.0  # of a weight that is still a finite float32
 _DEFAULT_N_PREFIXES = 10  # noanabeshima/matryoshka-saes
 
 
@@ -71,7 +72,6 @@ class NestedOptions:
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
-    # without this a command line could not give a list
     level_weights: list[float] | float = command_line_field(  # noqa: RUF009
         default=1.0, nargs="+", type=float, required=False
     )
@@ -108,6 +108,9 @@ class NestedOptions:
                 raise refused(
                     name, getattr(self, name), f"one of {', '.join(map(repr, get_args(choices)))}"
                 )
+        for name in ("bias_level", "encoder_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise refused(name, getattr(self, name), "true or false")
         self.matryoshka_widths = resolve_widths(self.matryoshka_widths, self.d_sae)
         self._check_prefixes()
         self._check_weights()
@@ -119,9 +122,17 @@ class NestedOptions:
                 self.inner_weight_end,
                 "a number from 0 to 1, which is where the fading starts",
             )
+        self.inner_weight_end = float(self.inner_weight_end)
         if self.inner_weight_end == 1 and (self.inner_fade_start or self.inner_fade_steps):
             name = "inner_fade_start" if self.inner_fade_start else "inner_fade_steps"
             raise refused(name, getattr(self, name), "it only beside an inner_weight_end below 1")
+        if self.inner_weight_end < 1 and not (self.inner_fade_start or self.inner_fade_steps):
+            raise refused(
+                "inner_weight_end",
+                self.inner_weight_end,
+                "it only beside inner_fade_start or inner_fade_steps; level_weights are for the "
+                "whole run",
+            )
         if self.latent_order == "frequency" and self.dtype not in ("float32", "float64"):
             raise refused(
                 "latent_order",
@@ -152,9 +163,7 @@ class NestedOptions:
         if self.min_prefix > self.d_sae:
             raise refused("min_prefix", self.min_prefix, f"1 to d_sae={self.d_sae}")
         most = self.d_sae - self.min_prefix + 1
-        if self.n_prefixes is None:
-            self.n_prefixes = min(_DEFAULT_N_PREFIXES, most)
-        if self.n_prefixes > most:
+        if self.n_prefixes is not None and self.n_prefixes > most:
             raise refused(
                 "n_prefixes",
                 self.n_prefixes,
@@ -172,6 +181,10 @@ class NestedOptions:
                     "level_weights", weights, "a number β above 0, or a list of one weight a level"
                 )
             self.level_weights = float(weights)
+            if n_levels * math.log(max(weights, 1 / weights)) > _LARGEST_LOG:
+                raise refused(
+                    "level_weights", weights, f"a number nearer to 1 for {n_levels} levels"
+                )
             return
         accepted = f"a number β above 0, or a list of {n_levels} weights of 0 or more, not all 0"
         if (
@@ -186,8 +199,10 @@ class NestedOptions:
     @property
     def n_levels(self: Any) -> int:
         """Levels of a step's loss, that of b_dec alone included."""
-        drawn = len(self.matryoshka_widths) if self.n_prefixes is None else self.n_prefixes
-        return drawn + self.bias_level
+        n = len(self.matryoshka_widths)
+        if self.is_sampled:
+            n = self.n_prefixes or min(_DEFAULT_N_PREFIXES, self.d_sae - self.min_prefix + 1)
+        return n + self.bias_level
 
     @property
     def normalizes_per_row(self: Any) -> bool:
@@ -204,7 +219,7 @@ class NestedOptions:
         if self.is_sampled:
             prefixes = sample_prefixes(
                 self.prefix_sampling,
-                self.n_prefixes,
+                self.n_levels - self.bias_level,
                 self.min_prefix,
                 self.d_sae,
                 (self.prefix_seed, step),
@@ -245,7 +260,8 @@ class SparsitySchedule:
         kind = "an integer" if is_whole else "a number"
         if not is_number(self.k) or not 0 < self.k <= self.d_sae or (is_whole and self.k % 1):
             raise refused("k", self.k, f"{kind} above 0 and at most d_sae={self.d_sae}")
-        self.k = int(self.k) if isinstance(self.k, numbers.Integral) else float(self.k)
+        is_int = is_whole or isinstance(self.k, numbers.Integral)
+        self.k = int(self.k) if is_int else float(self.k)
         self.k_anneal_steps = checked_count("k_anneal_steps", self.k_anneal_steps, 0)
         if self.k_start is None:
             if self.k_anneal_steps:
@@ -268,6 +284,9 @@ class SparsitySchedule:
         return linear(self.k_start, self.k, step, self.k_anneal_steps)
 
 
+_COUNTS = {0: "an integer of 0 or more", 1: "a positive integer"}
+
+
 def linear(start: float, end: float, step: int, n_steps: int) -> float:
     """`start` until step 0, `end` from step `n_steps` on, a straight line between."""
     if step >= n_steps and step >= 0:
@@ -278,8 +297,7 @@ def linear(start: float, end: float, step: int, n_steps: int) -> float:
 def checked_count(name: str, value: Any, least: int) -> int:
     """`value` as an int of at least `least`, numpy's integers too, which JSON could not hold."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        kind = "a positive integer" if least else "an integer of 0 or more"
-        raise refused(name, value, kind)
+        raise refused(name, value, _COUNTS.get(least, f"an integer of {least} or more"))
     return int(value)
 
 

@@ -17,6 +17,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.options import NestedOptions, checked_count
 
 _SECTIONS = ("sae", "logger")
 # SAELens divides by these, or loops over them for ever, where they are not positive.
@@ -111,8 +112,6 @@ def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[
             raise unknown_field(str(name), names)
     sae = {name: value for name, value in sections["sae"].items() if name != "architecture"}
     run = {name: value for name, value in config.items() if name not in sections}
-    if "sae.prefix_seed" in names and "seed" in run:
-        sae.setdefault("prefix_seed", run["seed"])
 
     checked_sae = _checked(sae_class, sae, "sae.")
     checked_logger = _checked(LoggingConfig, sections["logger"], "logger.")
@@ -122,9 +121,27 @@ def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[
         value = (checked_logger if section else checked_run).get(key, 1)
         if value < 1:
             raise ValueError(f"{name}={value!r} is not accepted: give a positive integer.")
-    return LanguageModelSAERunnerConfig(
+    cfg = LanguageModelSAERunnerConfig(
         **checked_run, sae=sae_class.from_dict(checked_sae), logger=LoggingConfig(**checked_logger)
     )
+    _check_schedules(cfg)
+    if isinstance(cfg.sae, NestedOptions) and cfg.sae.is_sampled and "prefix_seed" not in sae:
+        cfg.sae.prefix_seed = checked_count("seed", cfg.seed, 0)
+    return cfg
+
+
+def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    n_steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    ends = {"k_anneal_steps": getattr(cfg.sae, "k_anneal_steps", 0)}
+    if getattr(cfg.sae, "inner_weight_end", 1) < 1:
+        start = cfg.sae.inner_fade_start
+        ends |= {"inner_fade_start": start, "inner_fade_steps": start + cfg.sae.inner_fade_steps}
+    for name, end in ends.items():
+        if end > n_steps:
+            raise ValueError(
+                f"sae.{name}={getattr(cfg.sae, name)} is not accepted: the run has {n_steps:,} "
+                "steps, and its schedules are to end within them."
+            )
 
 
 def field_names(sae_class: type[TrainingSAEConfig]) -> list[str]:

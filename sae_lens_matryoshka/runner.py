@@ -38,7 +38,7 @@ _RESUME_FILES = (
 # These two are estimated before the first step and folded into the weights after the last.
 _FOLDED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
 # What a run may go on with in another way: where and how it computes, and what it is called.
-_CHANGEABLE = {"device", "implementation", "metadata"}
+_CHANGEABLE = {"device", "implementation", "metadata", "baseline_explained_variance"}
 
 
 class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
@@ -141,8 +141,11 @@ def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             "weights. Accepted: a checkpoint saved during training."
         )
     saved = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    if saved.get("architecture") == cfg.sae.architecture():  # options it is older than
+        saved = json.loads(json.dumps(type(cfg.sae).from_dict(saved).to_dict()))
     wanted = json.loads(json.dumps(cfg.sae.to_dict()))
-    for name in sorted(wanted.keys() - _CHANGEABLE):
+    unused = set() if wanted.get("prefix_sampling", "fixed") != "fixed" else {"prefix_seed"}
+    for name in sorted(wanted.keys() - _CHANGEABLE - unused):
         if saved.get(name) != wanted[name]:
             raise ValueError(
                 f"{given} was trained with sae.{name}={saved.get(name)!r}; the config has "

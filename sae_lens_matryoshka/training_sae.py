@@ -129,7 +129,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self._follow_threshold(step.active, n_steps)
         self.count_firings(step.active_latents, len(sae_in))
         self._sample.add(sae_in.detach())
-        self._observe(step, sae_in, plan)
+        self._observe(step, sae_in, plan, n_steps)
         output.metrics = {"topk_threshold": self.topk_threshold}
         if step_input.is_logging_step:
             output.metrics.update(self._measured_levels(step_input, step, plan))
@@ -144,13 +144,13 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         if is_first:  # the moving average began at 0 and moved by the share lr of the cut
             self.topk_threshold /= self.cfg.topk_threshold_lr
 
-    def _observe(self, step: _Step, sae_in: torch.Tensor, plan: Plan) -> None:
+    def _observe(self, step: _Step, sae_in: torch.Tensor, plan: Plan, n_steps: int) -> None:
         if self.cfg.is_sampled:  # no step computes the losses of the levels to be judged
             return
         latents = step.active_latents
         places = latents if plan.ranks is None else plan.ranks[latents]
         losses = step.levels.losses[self.cfg.bias_level :]
-        self._monitor.observe(losses, step.active, places, sae_in)
+        self._monitor.observe(losses, step.active, places, sae_in, n_steps)
 
     def _needs_dense(self, step_input: TrainStepInput) -> bool:
         """Whether the step is to be computed by the reference."""
@@ -247,9 +247,9 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         return self.cfg.aux_loss_coefficient * loss
 
     def _measured_levels(self, step_input: TrainStepInput, step: _Step, plan: Plan) -> Any:
-        acts = step.feature_acts.detach()
-        norms = self._score_norms()
-        if norms is not None:
-            acts = acts * (1 / norms.detach())
-        losses = self.measured_losses(step.levels, acts, step_input.sae_in, plan)
+        losses = step.levels.losses.detach()[self.cfg.bias_level :]
+        if self.cfg.is_sampled:
+            acts, norms = step.feature_acts.detach().to_dense(), self._score_norms()
+            acts = acts if norms is None else acts / norms
+            losses = self.measured_losses(acts, step_input.sae_in, plan)
         return self.level_metrics(step_input, losses, step.active_latents, plan)

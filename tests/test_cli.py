@@ -87,6 +87,31 @@ def test_train_takes_the_config(started, config):
     assert cfg.checkpoint_path.startswith("checkpoints/")
 
 
+def test_sampled_prefixes_take_the_runs_seed(started, config):
+    sampled = ["--sae.prefix_sampling", "uniform"]
+    assert cli.main(["train", str(config), *sampled]) == 0
+    assert cli.main(["train", str(config), *sampled, "--seed", "7"]) == 0
+    assert cli.main(["train", str(config), *sampled, "--sae.prefix_seed", "3"]) == 0
+    assert cli.main(["train", str(config), "--seed", "7"]) == 0
+    assert [cfg.sae.prefix_seed for cfg in started] == [started[0].seed, 7, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("--sae.k_start 9 --sae.k_anneal_steps 100000000", "sae.k_anneal_steps=100000000"),
+        (
+            "--sae.inner_weight_end 0.5 --sae.inner_fade_start 100000000",
+            "sae.inner_fade_start=100000000",
+        ),
+    ],
+)
+def test_schedules_end_within_the_run(started, config, capsys, words, field):
+    assert cli.main(["train", str(config), *words.split()]) == 2
+    assert f"{field} is not accepted: the run has " in capsys.readouterr().err
+    assert not started
+
+
 def test_flags_override_the_config(started, config):
     words = "--lr 1e-4 --sae.k 32 --sae.matryoshka_widths 8 16 64 --logger.log_to_wandb false"
     words += " --sae.level_weights 1 2 0.5 --sae.latent_order frequency"

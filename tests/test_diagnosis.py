@@ -317,7 +317,7 @@ def test_looks_after_doubling_steps_and_tells_each_kind_once(
             before = len(caught), len(seen)
             loss = 0.5 if step <= 4 else 0.25
             scores, latents = torch.ones(2) * step, torch.tensor([1, 7])
-            monitor.observe(torch.tensor([0.75, loss]), scores, latents, x)
+            monitor.observe(torch.tensor([0.75, loss]), scores, latents, x, step - 1)
             looked += [step] * (len(seen) - before[1])
             told += [step] * (len(caught) - before[0])
     assert looked == [4, 8, 16]
@@ -332,6 +332,33 @@ def test_looks_after_doubling_steps_and_tells_each_kind_once(
     assert [measured.expected_gain for measured in seen] == pytest.approx([0, 0.25, 0])
     assert told == [4, 16], "k too large at once, the baseline when nothing is gained any more"
     assert all(str(warning.message).startswith("After ") for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "first_step", "checks"),
+    [
+        ({}, 0, [4, 8, 16]),
+        ({"k_start": 4, "k_anneal_steps": 3}, 0, [8, 16]),
+        ({"inner_weight_end": 0.1, "inner_fade_start": 2, "inner_fade_steps": 3}, 0, [16]),
+        ({}, 9, [16]),
+        ({"k_start": 4, "k_anneal_steps": 3}, 9, [16]),
+    ],
+)
+def test_counts_the_steps_of_the_run_and_waits_for_schedules(
+    monkeypatch: pytest.MonkeyPatch, options: Any, first_step: int, checks: list[int]
+) -> None:
+    monkeypatch.setattr(monitoring, "FIRST_CHECK", 4)
+    seen: list[Measured] = []
+    monkeypatch.setattr(monitoring, "diagnose", lambda measured: seen.append(measured) or [])
+    cfg = MatryoshkaTrainingSAEConfig(d_in=3, d_sae=8, k=2, matryoshka_widths=[2, 8], **options)
+    monitor = TrainingMonitor(cfg)
+    x, looked = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), []
+    for step in range(first_step, 20):
+        before = len(seen)
+        monitor.observe(torch.ones(2), torch.ones(2), torch.tensor([1, 7]), x, step)
+        looked += [step + 1] * (len(seen) - before)
+    assert looked == checks
+    assert {measured.k for measured in seen} == {2}
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
@@ -349,7 +376,9 @@ def test_changes_no_number(implementation: Any, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setattr(sae._monitor, "observe", lambda *_: None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results.append([outcome(sae, run_step(sae, torch.randn(20, 8), None)) for _ in "four"])
+            results.append(
+                [outcome(sae, run_step(sae, torch.randn(20, 8), None, step)) for step in range(4)]
+            )
     for one, other in zip(*results, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 

@@ -29,6 +29,7 @@ def test_tells_what_would_run(capsys: Capture, tmp_path: Path) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "blocks.12.hook_resid_post of gemma-2-2b: 2304 wide, as sae.d_in",
         "monology/pile-uncopyrighted: a name of the Hub, not looked up",
+        "matryoshka, normalize_activations='expected_average_only_in', k=40",
         "levels of 2048, 6144, 14336, 30720, 65536 latents",
         "244,140 steps of 2,048 tokens; 302,057,728 parameters, 4.5 GiB with gradients and Adam's "
         "moments in float32",

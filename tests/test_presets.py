@@ -220,7 +220,9 @@ def test_the_lines_of_config_in_the_docs() -> None:
         cfg = MatryoshkaTrainingSAEConfig(d_in=8, d_sae=4096, k=25, **options)
         assert {name: getattr(cfg, name) for name in options} == options
 
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    architectures, presets = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict[str, Any] = {}
-    exec(example, names)
+    exec(architectures, names)
+    assert names["sae"].architecture() == "matryoshka_jumprelu"
+    exec(presets, names)
     assert (names["sae"].latent_order, names["sae"].bias_level) == ("frequency", True)

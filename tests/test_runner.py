@@ -22,7 +22,7 @@ from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.interruption import TrainingInterrupted
-from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner, check_resumable
 from tests.tiny import D_MODEL, N_CTX, runner_config, tiny_model, token_dataset
 
 D_SAE, BATCH, N_STEPS = 64, 32, 12
@@ -500,6 +500,21 @@ def test_resuming_another_sae_fails_before_the_model_loads(
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", pytest.fail)
     with pytest.raises(ValueError, match=message):
         MatryoshkaTrainingRunner(cfg)
+
+
+def test_a_checkpoint_older_than_an_option_is_resumed_with_its_default(make_runner, checkpoint):
+    path = checkpoint / "cfg.json"
+    saved = json.loads(path.read_text())
+    for name in ("level_weights", "bias_level", "n_prefixes"):
+        del saved[name]
+    path.write_text(json.dumps(saved))
+    cfg = make_runner(normalize_activations="expected_average_only_in").cfg
+    cfg.resume_from_checkpoint = str(checkpoint)
+    cfg.sae.prefix_seed, cfg.sae.baseline_explained_variance = 7, 0.5  # neither changes a number
+    check_resumable(cfg)
+    cfg.sae.bias_level = True
+    with pytest.raises(ValueError, match=r"with sae\.bias_level=False; .*sae\.bias_level=True"):
+        check_resumable(cfg)
 
 
 COMMAND = """

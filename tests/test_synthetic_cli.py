@@ -114,7 +114,7 @@ def test_the_processes_say_which_sae_diverged(tmp_path, capsys, monkeypatch):
 
 def test_a_score_that_some_seeds_lack():
     runs = [
-        Run("a", seed, {}, {"mcc": mcc, **extra}, 1.0)
+        Run("a", seed, {}, {"mcc": mcc, **extra}, 1.0, "cpu")
         for seed, (mcc, extra) in enumerate([(0.5, {"absorption": 0.25}), (0.7, {})])
     ]
     spreads = summarize(runs)

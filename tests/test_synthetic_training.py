@@ -136,6 +136,26 @@ def test_other_settings_are_refused(tmp_path):
     assert missing(other, plan_variants(other, ["l1"]), [1], tmp_path).keys() == {1}
 
 
+def test_devices_are_not_mixed(tmp_path):
+    variants = plan_variants(SHORT, ["l1"])
+    train_pass(SHORT, variants, 0, tmp_path)
+    with pytest.raises(ValueError, match=r"made with device='cpu', and device='cuda', which draws"):
+        missing(SHORT, variants, [1], tmp_path, "cuda")
+
+
+def test_sampled_prefixes_are_of_the_runs_seed(tmp_path):
+    variants = plan_variants(SHORT, ["matryoshka"], ["prefix_sampling=uniform"])
+    for seed in (0, 5):
+        train_pass(SHORT, variants, seed, tmp_path)
+    details = [
+        json.loads((run_folder(tmp_path, variants[0].name, seed) / "cfg.json").read_text())[
+            "metadata"
+        ]["training_architecture_details"]
+        for seed in (0, 5)
+    ]
+    assert [of_run["prefix_seed"] for of_run in details] == [0, 5]
+
+
 def test_a_broken_file_of_scores_is_named(tmp_path):
     folder = run_folder(tmp_path, "l1", 0)
     folder.mkdir(parents=True)

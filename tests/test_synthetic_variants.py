@@ -82,6 +82,8 @@ def test_recommended_is_the_recipe_in_the_benchmarks_size():
         matryoshka_widths=list(TOY.matryoshka_widths),
     )
     assert variant.cfg.to_dict() == expected.to_dict()
+    varied = plan_variants(TOY, ["recommended"], ["k=1,3"])
+    assert [(v.cfg.k, v.cfg.k_start) for v in varied] == [(1, 2), (3, 6)]
     assert expected.to_dict() != plan_variants(TOY, ["matryoshka"])[0].cfg.to_dict()
 
 
@@ -128,6 +130,8 @@ def test_levels_are_as_many_as_asked_for(d_sae, share):
         (["matryoshka"], ["levels=21"], "levels=21 is not accepted: give 1 to d_sae=20"),
         (["matryoshka"], ["levels=2", "matryoshka_widths=5/20"], "not varied at once"),
         (["batchtopk"], ["levels=2"], "add matryoshka to --variants"),
+        (["matryoshka_topk"], [], "k=1.12 is not accepted by matryoshka_topk: give an integer"),
+        (["matryoshka"], ["reshape_activations=hook_z"], "reshape_activations is not a field"),
         (["l1"], ["k=1"], "none of l1 is varied by it"),
         (
             ["matryoshka"],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import (
+    SAE,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
     TopKTrainingSAE,
@@ -285,6 +288,28 @@ def test_one_weight_in_a_list_is_a_number() -> None:
     assert cfg.weights_at(0) == [0.5]
 
 
+def test_whole_and_numpy_numbers_can_be_used_and_saved(tmp_path: Any) -> None:
+    cfg = MatryoshkaTopKTrainingSAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        k=8.0,
+        inner_weight_end=np.float32(0.5),
+        inner_fade_steps=3,  # type: ignore[arg-type]
+    )
+    sae = MatryoshkaTopKTrainingSAE(cfg)
+    assert (sae.encode(torch.randn(3, D_IN)) > 0).sum(-1).max() <= 8
+    sae.save_inference_model(tmp_path)
+    assert SAE.load_from_disk(tmp_path).cfg.k == 8
+
+
+def test_what_is_left_out_can_be_replaced() -> None:
+    cfg = MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=2, prefix_sampling="uniform")
+    assert (cfg.n_prefixes, cfg.n_levels, len(cfg.prefixes_at(0))) == (None, 10, 10)
+    assert replace(cfg, prefix_sampling="fixed").prefixes_at(0) == cfg.matryoshka_widths
+    recipe = MatryoshkaTrainingSAEConfig.recommended(D_IN, D_SAE, 2, 100, k_start=None)
+    assert (recipe.k_at(0), recipe.latent_order) == (2, "frequency")
+
+
 def test_k_of_topk_falls_in_integers() -> None:
     torch.manual_seed(0)
     cfg = MatryoshkaTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=2, k_start=5, k_anneal_steps=4)
@@ -369,6 +394,10 @@ BAD = [
     ({"level_weights": -0.5}, r"level_weights=-0\.5 .*β above 0"),
     ({"level_weights": "steep"}, r"level_weights='steep'"),
     ({"level_weights": [1, 1, 1], "bias_level": True}, r"level_weights=.*list of 4 weights"),
+    (
+        {"level_weights": 1e30, "matryoshka_widths": [2, 4, 8, 16]},
+        r"level_weights=1e\+30 .*nearer to 1 for 4 levels",
+    ),
     ({"stop_gradient": "outer"}, r"stop_gradient='outer'.*'none', 'all', 'inner'"),
     ({"prefix_sampling": "pareto", "n_prefixes": 17}, r"n_prefixes=17 .*1 to 16"),
     (
@@ -388,6 +417,8 @@ BAD = [
     ({"k_anneal_steps": 8}, r"k_anneal_steps=8 .*beside a k_start"),
     ({"k_start": 8, "k_anneal_steps": -1}, r"k_anneal_steps=-1 .*0 or more"),
     ({"inner_weight_end": 1.5, "inner_fade_steps": 5}, r"inner_weight_end=1\.5 .*from 0 to 1"),
+    ({"inner_weight_end": 0.5}, r"inner_weight_end=0\.5 .*inner_fade_start or inner_fade_steps"),
+    ({"bias_level": "yes"}, r"bias_level='yes' .*true or false"),
     ({"inner_fade_steps": 5}, r"inner_fade_steps=5 .*inner_weight_end below 1"),
     ({"inner_fade_start": 5}, r"inner_fade_start=5 .*inner_weight_end below 1"),
     ({"prefix_seed": -1}, r"prefix_seed=-1 .*0 or more"),
@@ -419,6 +450,11 @@ def test_bad_options(config_class: Any, options: dict[str, Any], message: str) -
             r"level_weights=\[\]",
         ),
         (MatryoshkaJumpReLUTrainingSAEConfig, {"d_sae": 0}, r"d_sae=0 "),
+        (
+            MatryoshkaTrainingSAEConfig,
+            {"k": 4, "prefix_sampling": "uniform", "baseline_explained_variance": 0.7},
+            r"baseline_explained_variance=0\.7 .*prefix_sampling='fixed'",
+        ),
         (MatryoshkaTrainingSAEConfig, {"k": 4, "topk_threshold_start_step": -1}, r"start_step=-1 "),
     ],
 )

@@ -221,7 +221,7 @@ def measured_of(
     l0 = [row.l0 for row in rows if row.l0 is not None]
     if not len(l0) == len(explained_variance) == len(rows):
         raise ValueError("rows hold no l0 and explained_variance: measure them on activations.")
-    k = getattr(sae.cfg, "k", None) or k_of_training(sae) or sae.cfg.metadata.l0 or l0[-1]
+    k = getattr(sae.cfg, "k", None) or k_of_training(sae) or l0[-1]
     return Measured(
         widths=[row.width for row in rows],
         explained_variance=explained_variance,

@@ -32,6 +32,7 @@ class Run:
         settings: As `settings_of` gives them.
         scores: Name → value; see `scores.score`.
         seconds: Of its training steps, without making samples.
+        device: Where it was trained.
     """
 
     variant: str
@@ -39,6 +40,7 @@ class Run:
     settings: Mapping[str, Any]
     scores: Mapping[str, float]
     seconds: float
+    device: str
 
 
 def run_folder(out: Path, variant: str, seed: int) -> Path:
@@ -93,13 +95,18 @@ def _read_run(path: Path) -> Run:
             settings=record["settings"],
             scores=record["scores"],
             seconds=record["seconds"],
+            device=record["device"],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of scores: {error!r}.") from error
 
 
 def missing(
-    benchmark: Benchmark, variants: Sequence[Variant], seeds: Sequence[int], out: Path
+    benchmark: Benchmark,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    out: Path,
+    device: str = "cpu",
 ) -> dict[int, list[Variant]]:
     """What is not in an output folder yet: seed → variants, without the seeds that lack none.
 
@@ -109,6 +116,12 @@ def missing(
     runs = read_runs(out)
     by_name = {variant.name: variant for variant in variants}
     for run in runs:
+        if torch.device(run.device).type != torch.device(device).type:
+            raise ValueError(
+                f"{run_folder(out, run.variant, run.seed)} was made with device={run.device!r}, "
+                f"and device={device!r}, which draws other samples, is asked for: give another "
+                "--out, or the same device."
+            )
         # Any run's seed, to compare what is not the seed.
         asked = settings_of(benchmark, by_name.get(run.variant, variants[0]), run.seed)
         names = asked if run.variant in by_name else ("benchmark", *_SHARED)

@@ -17,6 +17,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_matryoshka.files import whole_folder
+from sae_lens_matryoshka.options import NestedOptions
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
 from sae_lens_matryoshka.synthetic.runs import SCORES_FILE, run_folder, settings_of, versions
@@ -55,7 +56,7 @@ def train_pass(
     trainers: dict[str, SAETrainer[TrainingSAE[Any], Any]] = {}
     for variant in variants:
         with streams[variant.name].drawn():
-            trainers[variant.name] = _trainer(benchmark, variant, device)
+            trainers[variant.name] = _trainer(benchmark, variant, seed, device)
     seconds = dict.fromkeys(trainers, 0.0)
     samples = RandomStream(seed, Purpose.SAMPLES, device)
     for _ in range(benchmark.n_samples // benchmark.batch_size):
@@ -110,8 +111,12 @@ def _step(trainer: SAETrainer[Any, Any], x: torch.Tensor, name: str) -> None:
     trainer.n_training_steps += 1
 
 
-def _trainer(benchmark: Benchmark, variant: Variant, device: str) -> SAETrainer[Any, Any]:
+def _trainer(
+    benchmark: Benchmark, variant: Variant, seed: int, device: str
+) -> SAETrainer[Any, Any]:
     cfg = copy.deepcopy(variant.cfg)  # training writes to its metadata
+    if isinstance(cfg, NestedOptions):
+        cfg.prefix_seed = seed
     cfg.device = device
     sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture()][0]
     n_steps = benchmark.n_samples // benchmark.batch_size

@@ -19,7 +19,8 @@ LEVELS = "levels"
 RECOMMENDED = "recommended"
 _VARIED = MatryoshkaTrainingSAEConfig.architecture()
 _ARCHITECTURES = {"l1": "standard"}  # by the name that papers use
-_FIXED = ("d_in", "d_sae", "device", "metadata")
+# The seed of a run is that of its prefixes as well, and its activations have no heads.
+_FIXED = ("d_in", "d_sae", "device", "metadata", "prefix_seed", "reshape_activations")
 # SAELens estimates a scale from samples that the other SAEs of a pass would miss.
 _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
@@ -78,7 +79,11 @@ def plan_variants(
             if _is_varied(field, name, base)
         ]
         combined = [(), *((c,) for axis in choices for c in axis)] if one_at_a_time else None
-        variants += [_variant(name, base, choice) for choice in combined or product(*choices)]
+        for choice in combined or product(*choices):
+            k = {field: value for field, _, value in choice}.get("k", benchmark.k)
+            # Other options of a recipe follow from its k.
+            sized = base if k == benchmark.k else base_config(replace(benchmark, k=k), name)
+            variants.append(_variant(name, sized, choice))
     twice = {v.name for v in variants if [w.name for w in variants].count(v.name) > 1}
     if twice:
         raise ValueError(f"--vary gives {min(twice)} twice.")
@@ -112,6 +117,10 @@ def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
         "matryoshka_widths": list(benchmark.matryoshka_widths),
     }
     names = {f.name for f in fields(config_class)}
+    if get_type_hints(config_class).get("k") is int:
+        if benchmark.k % 1:
+            raise ValueError(f"k={benchmark.k} is not accepted by {name}: give an integer.")
+        sizes["k"] = int(benchmark.k)
     return config_class(**{name: value for name, value in sizes.items() if name in names})
 
 
