@@ -20,7 +20,6 @@ from sae_lens_matryoshka.config import (
     MatryoshkaTopKTrainingSAEConfig,
 )
 from sae_lens_matryoshka.nested import NestedTrainingSAE
-from sae_lens_matryoshka.objective import Layout
 from sae_lens_matryoshka.selection import Codes
 
 
@@ -41,16 +40,15 @@ class _DenselyEncoded(NestedTrainingSAE):
         self.hold_decoder_norm()
         feature_acts, hidden_pre = self.encode_with_hidden_pre(sae_in)
         acts = self.decoder_factors(feature_acts)
-        if self.computes_sparsely(sae_in):
+        kernels = self.kernels(sae_in)
+        if kernels is not None:
             mask = self.has_gradient(feature_acts, hidden_pre)
             rows, latents = mask.nonzero(as_tuple=True)
             picked = acts[rows, latents]
             codes = Codes(rows, latents, picked, picked, 0.0)
-            if plan.ranks is not None:
-                codes = codes.ordered_by(plan.ranks)
-            layout = Layout.of(codes, len(sae_in), plan.prefixes, plan.ranks)
+            codes, layout = self.in_level_order(codes, len(sae_in), plan, kernels)
             levels, _ = self.sparse_levels(
-                codes.pre_acts, sae_in, plan, layout, dead=latents.new_empty(0)
+                codes.pre_acts, sae_in, plan, layout, latents.new_empty(0), kernels
             )
         else:
             levels = self.dense_levels(acts, sae_in, plan)
@@ -70,13 +68,15 @@ class _DenselyEncoded(NestedTrainingSAE):
             losses={"mse_loss": named.pop("mse_loss"), **aux_losses, **named},
         )
         self.require_finite(output, step_input)
-        active_latents = feature_acts.detach().nonzero(as_tuple=True)[1]
-        self.count_firings(active_latents, len(sae_in))
+        rows, active_latents = feature_acts.detach().nonzero(as_tuple=True)
+        active = feature_acts.detach()[rows, active_latents]
+        self.count_firings(active, active_latents, len(sae_in))
         if step_input.is_logging_step:
             losses = levels.losses.detach()[self.cfg.bias_level :]
             if self.cfg.is_sampled:
                 losses = self.measured_losses(acts.detach(), sae_in, plan)
-            output.metrics.update(self.level_metrics(step_input, losses, active_latents, plan))
+            metrics = self.level_metrics(step_input, losses, active, active_latents, plan)
+            output.metrics.update(metrics)
         return output
 
 

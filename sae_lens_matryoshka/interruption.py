@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,9 @@ class InterruptibleFit:
             signal.signal(signum, self._on_signal)
         try:
             return trainer.fit()
-        except Exception:
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                _free_memory(trainer, error)
             if self._undo_step is not None:
                 self._undo_step()
             if n_whole_steps(trainer) > self._n_steps_before:
@@ -112,6 +115,15 @@ def _undo(trainer: SAETrainer[TrainingSAE[Any], Any]) -> Callable[[], None]:
         trainer.sae.load_state_dict(buffers, strict=False)
 
     return undo
+
+
+def _free_memory(trainer: SAETrainer[TrainingSAE[Any], Any], error: BaseException | None) -> None:
+    """Let go of the step that broke off, since saving takes memory on the device, too."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+    trainer.optimizer.zero_grad()
+    torch.cuda.empty_cache()
 
 
 def _keep(trainer: SAETrainer[TrainingSAE[Any], Any]) -> tuple[Path | None, str]:

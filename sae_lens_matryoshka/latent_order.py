@@ -14,15 +14,20 @@ LATENT_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "firing_rates"
 _RATE = 0.01  # of the moving average, as that of SAELens' threshold
 
 
-def update_rates(rates: torch.Tensor, latents: torch.Tensor, batch_size: int) -> torch.Tensor:
+def update_rates(
+    rates: torch.Tensor, latents: torch.Tensor, fired: torch.Tensor, batch_size: int
+) -> torch.Tensor:
     """The moving average of how often each latent fires, after one more batch.
 
     Args:
         rates: (d_sae,) firings per activation.
         latents: (n,) latents of the batch's codes.
+        fired: (n,) bool, which of the codes count.
         batch_size: B.
     """
-    return rates.lerp(torch.bincount(latents, minlength=len(rates)).to(rates) / batch_size, _RATE)
+    # integers add up to the same in any order, and bincount would wait for the device
+    counts = torch.zeros_like(rates, dtype=torch.int64).index_add_(0, latents, fired.long())
+    return rates.lerp(counts.to(rates) / batch_size, _RATE)
 
 
 def level_order(rates: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class CodeStats:
         """Take the active codes of a batch.
 
         Args:
-            scores: (n,) above 0.
+            scores: (n,) 0 where a code only fills up (see `selection.Codes`), else above.
             latents: (n,) int64.
             n_tokens: B.
             d_sae: Width of the dictionary.
@@ -35,7 +35,7 @@ class CodeStats:
         self.n_tokens += n_tokens
         if self._counts is None:
             self._counts = latents.new_zeros(d_sae)
-        self._counts.index_add_(0, latents, torch.ones_like(latents))
+        self._counts.index_add_(0, latents, (scores > 0).long())
         n = len(scores)
         if n == 0:
             return
@@ -99,7 +99,7 @@ class TrainingMonitor:
 
         Args:
             level_losses: (P,) as `Levels.losses`.
-            active_scores: (n,) above 0.
+            active_scores: (n,) as `CodeStats.add`.
             active_latents: (n,) int64.
             sae_in: (B, d_in).
             step: Steps of the run before this one, those before it was resumed too.

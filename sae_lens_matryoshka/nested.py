@@ -12,6 +12,8 @@ from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from sae_lens_matryoshka.kernels.choice import Kernels, kernels_for
+from sae_lens_matryoshka.kernels.layout import Layout
 from sae_lens_matryoshka.latent_order import (
     in_order,
     level_order,
@@ -19,14 +21,14 @@ from sae_lens_matryoshka.latent_order import (
     update_rates,
 )
 from sae_lens_matryoshka.objective import (
-    Layout,
     Levels,
     decode_nested,
     reference_levels,
     reference_reconstructions,
 )
-
-_SPARSE_DEVICES = ("cpu", "cuda")
+from sae_lens_matryoshka.prefixes import level_table
+from sae_lens_matryoshka.selection import Codes
+from sae_lens_matryoshka.transfers import to_device
 
 
 class Plan(NamedTuple):
@@ -37,12 +39,14 @@ class Plan(NamedTuple):
         weights: c_p of each.
         order: (d_sae,) latents in level order, or None where that is the order of their indices.
         ranks: (d_sae,) the place of each latent in `order`, or None.
+        levels: (d_sae,) int32, the level of each latent.
     """
 
     prefixes: list[int]
     weights: list[float]
     order: torch.Tensor | None
     ranks: torch.Tensor | None
+    levels: torch.Tensor
 
 
 class NestedTrainingSAE(TrainingSAE[Any]):
@@ -90,11 +94,15 @@ class NestedTrainingSAE(TrainingSAE[Any]):
     def plan(self, step: int) -> Plan:
         """What the loss of a step is made of."""
         order = self.level_order()
+        ranks = None if order is None else ranks_of(order)
+        prefixes = self.cfg.prefixes_at(step)
+        levels = level_table(tuple(prefixes), self.W_dec.device)
         return Plan(
-            prefixes=self.cfg.prefixes_at(step),
+            prefixes=prefixes,
             weights=self.cfg.weights_at(step),
             order=order,
-            ranks=None if order is None else ranks_of(order),
+            ranks=ranks,
+            levels=levels if ranks is None else levels[ranks],
         )
 
     def level_order(self) -> torch.Tensor | None:
@@ -108,15 +116,11 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             for point in points
         )
 
-    def computes_sparsely(self, sae_in: torch.Tensor) -> bool:
-        """Whether a step on `sae_in` may decode from the codes alone."""
-        if self.cfg.implementation == "auto" and sae_in.device.type not in _SPARSE_DEVICES:
-            return False
-        return (
-            self.cfg.implementation != "reference"
-            and not self.cfg.normalizes_per_row
-            and not self.is_hooked(self.hook_sae_recons)
-        )
+    def kernels(self, sae_in: torch.Tensor) -> Kernels | None:
+        """Who computes a step on `sae_in` from the codes alone; None where the reference does."""
+        if self.cfg.normalizes_per_row or self.is_hooked(self.hook_sae_recons):
+            return None
+        return kernels_for(self.cfg.implementation, sae_in.device, self.W_dec.dtype)
 
     def hold_decoder_norm(self) -> None:
         """Before a forward pass: give decoder rows and their gradient what `decoder_norm` says."""
@@ -156,6 +160,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         plan: Plan,
         layout: Layout,
         dead: torch.Tensor,
+        kernels: Kernels,
     ) -> tuple[Levels, torch.Tensor]:
         """The same from the factors (n,) of codes, and the decoder rows of the `dead` latents."""
         return decode_nested(
@@ -167,13 +172,21 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             len(plan.prefixes),
             dead,
             self.cfg.stop_gradient,
+            kernels,
         )
+
+    def in_level_order(
+        self, codes: Codes, batch_size: int, plan: Plan, kernels: Kernels
+    ) -> tuple[Codes, Layout]:
+        """The codes by row and within a row by level, and their layout."""
+        return kernels.order(codes, batch_size, plan.levels, len(plan.prefixes), plan.ranks is None)
 
     def total_loss(self, levels: Levels, plan: Plan) -> torch.Tensor:
         """Σ_p c_p L_p."""
         if all(weight == 1 for weight in plan.weights):
             return levels.losses.sum()
-        return (levels.losses * levels.losses.new_tensor(plan.weights)).sum()
+        weights = to_device(plan.weights, levels.losses.dtype, levels.losses.device)
+        return (levels.losses * weights).sum()
 
     def named_losses(self, levels: Levels, plan: Plan) -> dict[str, torch.Tensor]:
         """Each level's squared error, without its weight, under the names of SAELens."""
@@ -190,15 +203,22 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             named["inner_mse_loss_mean"] = torch.stack(inner).mean()
         return named
 
-    def count_firings(self, latents: torch.Tensor, batch_size: int) -> None:
-        """Take the latents (n,) of a batch's codes into account for the order of the next step."""
+    def count_firings(self, active: torch.Tensor, latents: torch.Tensor, batch_size: int) -> None:
+        """Take a batch's codes into account for the order of the next step.
+
+        Args:
+            active: (n,) scores, 0 where a code only fills up.
+            latents: (n,) latents of the codes.
+            batch_size: B.
+        """
         if self.cfg.latent_order == "frequency":
-            self.firing_rates = update_rates(self.firing_rates, latents, batch_size)
+            self.firing_rates = update_rates(self.firing_rates, latents, active != 0, batch_size)
 
     def level_metrics(
         self,
         step_input: TrainStepInput,
         losses: torch.Tensor,
+        active: torch.Tensor,
         active_latents: torch.Tensor,
         plan: Plan,
     ) -> dict[str, Callable[[], torch.Tensor]]:
@@ -207,6 +227,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
         Args:
             step_input: Of the step.
             losses: (P,) squared error of each level of `cfg.matryoshka_widths`.
+            active: (n,) scores of the codes, 0 where one only fills up.
             active_latents: (n,) latents of the codes.
             plan: Of the step.
         """
@@ -225,7 +246,7 @@ class NestedTrainingSAE(TrainingSAE[Any]):
             return 1 - level_loss / variance()
 
         def l0(width: int) -> torch.Tensor:
-            return (active_latents < width).sum() / len(sae_in)
+            return ((active_latents < width) & (active != 0)).sum() / len(sae_in)
 
         metrics: dict[str, Callable[[], torch.Tensor]] = {}
         for width, loss in zip(self.cfg.matryoshka_widths, losses, strict=True):

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags
+from sae_lens_matryoshka.kernels.choice import EAGER, Kernels
+from sae_lens_matryoshka.kernels.layout import Layout
+from sae_lens_matryoshka.memory import room_for
 from sae_lens_matryoshka.options import StopGradient
-from sae_lens_matryoshka.prefixes import level_of
 from sae_lens_matryoshka.selection import Codes
 
 
@@ -93,52 +94,6 @@ def mixing_matrix(weights: Sequence[float], stop_gradient: StopGradient = "none"
     return own
 
 
-class Layout(NamedTuple):
-    """The codes of a batch as the bags that the sparse sums run over.
-
-    Attributes:
-        latents: (n,) int32, latents of the codes.
-        bags: (n,) int32, each code's place among the B · P bags (row, level); ascending, because
-            codes are ordered by row and rank, and the level grows with the rank.
-        bag_starts: (B · P,) int32, where each bag starts.
-        by_latent: (n,) int64, the codes in ascending order of their latents.
-        latent_starts: (d_sae,) int32, where each latent starts in that order.
-    """
-
-    latents: torch.Tensor
-    bags: torch.Tensor
-    bag_starts: torch.Tensor
-    by_latent: torch.Tensor
-    latent_starts: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        codes: Codes,
-        batch_size: int,
-        widths: Sequence[int],
-        ranks: torch.Tensor | None = None,
-    ) -> Layout:
-        """Of `codes` ordered by row and, in it, by `ranks` (d_sae,), the places in level order."""
-        latents = codes.latents.int()
-        places = latents if ranks is None else ranks[codes.latents].int()
-        bags = codes.rows.int() * len(widths) + level_of(places, widths)
-        ascending, by_latent = latents.sort(stable=True)
-        return cls(
-            latents=latents,
-            bags=bags,
-            bag_starts=starts_of(bags, batch_size * len(widths)),
-            by_latent=by_latent,
-            latent_starts=starts_of(ascending, widths[-1]),
-        )
-
-    def sum_by_latent(
-        self, matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Σ_{codes i of latent j} weights_i · matrix[rows_i], (d_sae, d): a weight's gradient."""
-        return sum_bags(matrix, rows[self.by_latent], self.latent_starts, weights[self.by_latent])
-
-
 def encode_selected(
     x: torch.Tensor,
     W_enc: torch.Tensor,
@@ -147,6 +102,7 @@ def encode_selected(
     codes: Codes,
     layout: Layout,
     dead: torch.Tensor,
+    kernels: Kernels = EAGER,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kept pre-activations, with gradients to W_enc, b_enc and b_in, and none to x.
 
@@ -158,12 +114,13 @@ def encode_selected(
         codes: What `selection.select` kept of this batch.
         layout: Of these codes.
         dead: (D,) latents whose encoder the auxiliary loss needs.
+        kernels: Who computes it.
 
     Returns:
         (n,) pre-activations of the codes, and the dead latents' (D, d_in) encoder rows and (D,)
         biases. The gradient to b_in covers what becomes of these two as `x @ rows.T + biases`.
     """
-    return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, layout, dead)  # type: ignore[return-value]
+    return _EncodeSelected.apply(x, W_enc, b_enc, b_in, codes, layout, dead, kernels)  # type: ignore[return-value]
 
 
 def decode_nested(
@@ -175,6 +132,7 @@ def decode_nested(
     n_levels: int,
     dead: torch.Tensor,
     stop_gradient: StopGradient = "none",
+    kernels: Kernels = EAGER,
 ) -> tuple[Levels, torch.Tensor]:
     """The objective from the kept codes, with gradients to acts, W_dec and b_dec.
 
@@ -187,12 +145,13 @@ def decode_nested(
         n_levels: P.
         dead: (D,) latents whose decoder rows the auxiliary loss needs.
         stop_gradient: See `options.NestedOptions`.
+        kernels: Who computes it.
 
     Returns:
         The levels, and the (D, d_in) decoder rows of the dead latents.
     """
     losses, sae_out, residuals, dead_rows = _DecodeNested.apply(  # type: ignore[misc]
-        acts, W_dec, b_dec, target, layout, n_levels, dead, stop_gradient
+        acts, W_dec, b_dec, target, layout, n_levels, dead, stop_gradient, kernels
     )
     return Levels(losses=losses, residuals=residuals, sae_out=sae_out), dead_rows
 
@@ -208,26 +167,29 @@ class _EncodeSelected(torch.autograd.Function):
         codes: Codes,
         layout: Layout,
         dead: torch.Tensor,
+        kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, W_enc, codes.rows, dead, *layout)
+        ctx.save_for_backward(x, W_enc, codes.rows, codes.pre_acts, dead, *layout)
         ctx.has_b_in = b_in is not None
+        ctx.kernels = kernels
         return codes.pre_acts.clone(), W_enc.T[dead], b_enc[dead]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_acts, grad_dead_rows, grad_dead_biases = grads
-        x, W_enc, rows, dead, *layout = ctx.saved_tensors
-        layout = Layout(*layout)
-        rows, grad_acts = rows.int(), grad_acts.to(W_enc.dtype)
+        x, W_enc, rows, pre_acts, dead, *layout = ctx.saved_tensors
+        # codes that only fill up have no pre-activation, and relu has no gradient there
+        grad_acts = grad_acts.to(W_enc.dtype).masked_fill(pre_acts == 0, 0)
 
-        grad_rows = layout.sum_by_latent(x, rows, grad_acts)
+        with room_for("the gradient of W_enc", W_enc.shape, W_enc.dtype):
+            grad_rows, grad_b_enc = ctx.kernels.sum_by_latent(
+                x, rows.int(), grad_acts, Layout(*layout)
+            )
         grad_rows.index_add_(0, dead, grad_dead_rows)
-        one = grad_acts.new_ones(1, 1)
-        grad_b_enc = layout.sum_by_latent(one, torch.zeros_like(rows), grad_acts).squeeze(-1)
         grad_b_enc.index_add_(0, dead, grad_dead_biases)
         # each code's gradient to b_in is its encoder row's: sum the codes first, the rows once
         grad_b_in = -(W_enc @ grad_b_enc) if ctx.has_b_in else None
-        return None, grad_rows.T, grad_b_enc, grad_b_in, None, None, None
+        return None, grad_rows.T, grad_b_enc, grad_b_in, None, None, None, None
 
 
 class _DecodeNested(torch.autograd.Function):
@@ -242,51 +204,43 @@ class _DecodeNested(torch.autograd.Function):
         n_levels: int,
         dead: torch.Tensor,
         stop_gradient: StopGradient,
+        kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        residuals = sum_bags(W_dec, layout.latents, layout.bag_starts, acts.to(W_dec.dtype))
-        residuals = residuals.to(torch.promote_types(W_dec.dtype, target.dtype))
-        residuals = residuals.view(len(target), n_levels, -1)
-        residuals[:, 0] += b_dec - target
-        for level in range(1, n_levels):
-            residuals[:, level] += residuals[:, level - 1]
-        # the norm reads the residuals once; their squares would be a second buffer of that size
-        losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(0)
+        batch_size, d_in = target.shape
+        with room_for("the residuals", (batch_size, n_levels, d_in), W_dec.dtype):
+            residuals, losses, sae_out = kernels.residuals(
+                acts, W_dec, b_dec, target, layout, n_levels
+            )
         ctx.save_for_backward(acts, W_dec, residuals, dead, *layout)
         ctx.stop_gradient = stop_gradient
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         by_level = residuals.transpose(0, 1)
         ctx.mark_non_differentiable(by_level)
-        return losses, residuals[:, -1] + target, by_level, W_dec[dead]
+        return losses, sae_out, by_level, W_dec[dead]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_losses, grad_sae_out, _, grad_dead_rows = grads
         acts, W_dec, residuals, dead, *layout = ctx.saved_tensors
         layout = Layout(*layout)
-        batch_size, n_levels, d_in = residuals.shape
+        batch_size, n_levels, _ = residuals.shape
 
         if grad_losses is None:
-            mixed = torch.zeros_like(residuals)
+            scales = residuals.new_zeros(n_levels)
         else:
-            mixed = residuals * (grad_losses * (2 / batch_size))[:, None]
-        if grad_sae_out is not None:
-            mixed[:, -1] += grad_sae_out
-        if ctx.stop_gradient == "none":
-            for level in reversed(range(n_levels - 1)):
-                mixed[:, level] += mixed[:, level + 1]
-            grad_b_dec = mixed[:, 0].sum(0)
-        else:
-            grad_b_dec = mixed.sum((0, 1))
-            if ctx.stop_gradient == "inner":
-                mixed[:, :-1] += mixed[:, -1:]
-        flat = mixed.to(W_dec.dtype).view(batch_size * n_levels, d_in)
-
-        grad_acts = dot_bags(flat, W_dec, layout.latents, layout.bags, layout.bag_starts)
-        grad_W_dec = layout.sum_by_latent(flat, layout.bags, acts.to(W_dec.dtype))
+            scales = grad_losses * (2 / batch_size)
+        with room_for("the residuals' gradients", residuals.shape, W_dec.dtype):
+            mixed, grad_acts, grad_b_dec = ctx.kernels.gradients(
+                residuals, scales, grad_sae_out, ctx.stop_gradient, W_dec, layout
+            )
+        with room_for("the gradient of W_dec", W_dec.shape, W_dec.dtype):
+            grad_W_dec, _ = ctx.kernels.sum_by_latent(
+                mixed, layout.bags, acts.to(W_dec.dtype), layout
+            )
         if grad_dead_rows is not None:
             grad_W_dec.index_add_(0, dead, grad_dead_rows)
-        grad_b_dec = grad_b_dec.to(W_dec.dtype)
-        return grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, None, None, None, None, None
+        return (grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, *[None] * 6)
 
 
 def auxiliary_loss(

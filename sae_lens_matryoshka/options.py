@@ -7,11 +7,13 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, get_args
 
+from sae_lens.constants import DTYPE_MAP
 from simple_parsing import field as command_line_field  # to give a list on a command line
 
 from sae_lens_matryoshka.prefixes import PrefixSampling, resolve_widths, sample_prefixes
+from sae_lens_matryoshka.triton_support import TRITON_DTYPES, why_no_triton
 
-Implementation = Literal["auto", "reference", "sparse"]
+Implementation = Literal["auto", "reference", "sparse", "triton"]
 StopGradient = Literal["none", "all", "inner"]
 LatentOrder = Literal["index", "frequency"]
 DecoderNorm = Literal["free", "unit", "unit_at_update"]
@@ -67,8 +69,9 @@ class NestedOptions:
             update made of them (bartbussmann/matryoshka_sae).
         encoder_bias: Whether b_enc is trained; else it stays 0 (bartbussmann/matryoshka_sae).
         implementation: How a training step is computed; the numbers are the same. "reference" is
-            dense and reads like the paper; "sparse" touches only the codes that are kept; "auto"
-            takes "sparse" wherever it applies.
+            dense and reads like the paper; "sparse" touches only the codes that are kept, in
+            PyTorch; "triton" does so in CUDA kernels, for parameters of at most 32 bits. "auto"
+            takes "triton" on CUDA where Triton is installed, else "sparse", wherever they apply.
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
@@ -140,10 +143,25 @@ class NestedOptions:
                 f"dtype 'float32' or 'float64' with it: dtype={self.dtype!r} is too coarse for how "
                 "often latents fire",
             )
-        if self.implementation == "sparse" and self.normalizes_per_row:
+        if self.implementation in ("sparse", "triton") and self.normalizes_per_row:
             raise ValueError(
-                f"implementation='sparse' is not accepted beside normalize_activations="
-                f"{self.normalize_activations!r}: give 'auto' or 'reference'."
+                f"implementation={self.implementation!r} is not accepted beside "
+                f"normalize_activations={self.normalize_activations!r}: give 'auto' or 'reference'."
+            )
+        if self.implementation == "triton":
+            self._check_triton()
+
+    def _check_triton(self: Any) -> None:
+        lack = why_no_triton()
+        if lack is not None:
+            raise ValueError(
+                f"implementation='triton' is not accepted on this machine, because {lack}: give "
+                "'auto', 'sparse' or 'reference'."
+            )
+        if DTYPE_MAP[self.dtype] not in TRITON_DTYPES:
+            raise ValueError(
+                f"implementation='triton' is not accepted beside dtype={self.dtype!r}: give "
+                "'auto', 'sparse' or 'reference', or dtype 'float32', 'bfloat16' or 'float16'."
             )
 
     def _check_prefixes(self: Any) -> None:

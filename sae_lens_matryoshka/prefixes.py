@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sae_lens_matryoshka.transfers import to_device
+
 PrefixSampling = Literal["fixed", "uniform", "log_uniform", "inverse_sqrt", "pareto"]
 
 # The density over the prefix length l falls as l to the power of:
@@ -80,8 +82,14 @@ def level_of(latents: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     Returns:
         int32 tensor of the shape of `latents`, with values 0 to P − 1.
     """
-    ends = torch.tensor(widths, device=latents.device, dtype=latents.dtype)
+    ends = to_device(widths, latents.dtype, latents.device)
     return torch.bucketize(latents, ends, right=True, out_int32=True)
+
+
+@lru_cache(maxsize=8)
+def level_table(prefixes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(d_sae,) int32 level of each latent; `prefixes` end at d_sae. One tensor, for all to read."""
+    return level_of(torch.arange(prefixes[-1], device=device), prefixes)
 
 
 def sample_prefixes(

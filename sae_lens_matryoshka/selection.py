@@ -29,25 +29,23 @@ _MIN_BLOCK_WIDTH = 256
 class Codes(NamedTuple):
     """The non-zero codes of a batch of B activations, by row and within a row by latent.
 
+    The Triton kernels don't know how many there are before they are done: they fill up with codes
+    whose score and pre-activation are 0.
+
     Attributes:
         rows: (n,) int64, the activation's index in the batch.
         latents: (n,) int64.
         scores: (n,) pre-activation times decoder norm, above 0: SAELens' `feature_acts`.
         pre_acts: (n,) pre-activation, above 0: the factor of the decoder row.
-        cut: The smallest score that was kept if `k * B` were kept, else 0.
+        cut: The smallest score that was kept if `k * B` were kept, else 0; a tensor where it is
+            still being computed.
     """
 
     rows: torch.Tensor
     latents: torch.Tensor
     scores: torch.Tensor
     pre_acts: torch.Tensor
-    cut: float
-
-    def ordered_by(self, ranks: torch.Tensor) -> Codes:
-        """The same codes by row and within a row by `ranks[latent]`, ranks of shape (d_sae,)."""
-        order = (self.rows * len(ranks) + ranks[self.latents]).argsort()
-        rows, latents, scores, pre_acts = (t[order] for t in self[:4])
-        return Codes(rows, latents, scores, pre_acts, self.cut)
+    cut: float | torch.Tensor
 
 
 def select(
@@ -56,7 +54,7 @@ def select(
     b_enc: torch.Tensor,
     norms: torch.Tensor | None,
     n_keep: int,
-    floor: float | None,
+    floor: float | torch.Tensor | None,
 ) -> Codes:
     """The `n_keep` largest scores of the batch, by the fastest way that is exact.
 
@@ -101,7 +99,7 @@ def select_above(
     b_enc: torch.Tensor,
     norms: torch.Tensor | None,
     n_keep: int,
-    floor: float,
+    floor: float | torch.Tensor,
 ) -> Codes | None:
     """As `select`, from the scores above `floor`; None where those do not settle the set."""
     d_sae = W_enc.shape[1]

@@ -12,11 +12,14 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.kernels.choice import Kernels
+from sae_lens_matryoshka.memory import room_for
 from sae_lens_matryoshka.monitoring import TrainingMonitor
 from sae_lens_matryoshka.nested import NestedTrainingSAE, Plan
-from sae_lens_matryoshka.objective import Layout, Levels, auxiliary_loss, encode_selected
-from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes, select
+from sae_lens_matryoshka.objective import Levels, auxiliary_loss, encode_selected
+from sae_lens_matryoshka.selection import FLOOR_FRACTION, Codes
 from sae_lens_matryoshka.thresholds import ActivationSample, batch_threshold, encoder_input
+from sae_lens_matryoshka.transfers import TrueIndices
 
 
 class _Step(NamedTuple):
@@ -25,8 +28,9 @@ class _Step(NamedTuple):
     levels: Levels
     feature_acts: torch.Tensor
     hidden_pre: torch.Tensor
-    active: torch.Tensor  # (n,) scores above 0
+    active: torch.Tensor  # (n,) scores, 0 where a code only fills up
     active_latents: torch.Tensor  # (n,)
+    dead: torch.Tensor  # (D,) by level
     dead_pre_acts: torch.Tensor  # (B, D)
     dead_decoder_rows: torch.Tensor  # (D, d_in)
 
@@ -52,7 +56,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         # Speeds up the selection and never changes it, so a checkpoint does without.
-        self._score_floor: float | None = None
+        self._score_floor: float | torch.Tensor | None = None
         self._sample = ActivationSample()
         self._monitor = TrainingMonitor(cfg)
 
@@ -102,15 +106,16 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self.hold_decoder_norm()
         self.activation_fn.k = self.cfg.k_at(n_steps)  # type: ignore[assignment]
         plan = self.plan(n_steps)
-        dead = torch.empty(0, dtype=torch.long, device=sae_in.device)
+        dead = None
         if step_input.dead_neuron_mask is not None and self.cfg.aux_loss_coefficient != 0:
-            dead = step_input.dead_neuron_mask.nonzero().flatten()
-            if plan.ranks is not None:
-                dead = dead[plan.ranks[dead].argsort()]  # by level, as the prefixes cut them
-        run = self._reference_step if self._needs_dense(step_input) else self._sparse_step
-        step = run(sae_in, dead, plan)
+            dead = TrueIndices(step_input.dead_neuron_mask)
+        kernels = self._kernels(step_input)
+        if kernels is None:
+            step = self._reference_step(sae_in, dead, plan)
+        else:
+            step = self._sparse_step(sae_in, dead, plan, kernels)
 
-        aux_loss = self._auxiliary_loss(step, dead, plan)
+        aux_loss = self._auxiliary_loss(step, plan)
         mse_losses = self.named_losses(step.levels, plan)
         output = TrainStepOutput(
             sae_in=sae_in,
@@ -127,7 +132,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self.require_finite(output, step_input)
 
         self._follow_threshold(step.active, n_steps)
-        self.count_firings(step.active_latents, len(sae_in))
+        self.count_firings(step.active, step.active_latents, len(sae_in))
         self._sample.add(sae_in.detach())
         self._observe(step, sae_in, plan, n_steps)
         output.metrics = {"topk_threshold": self.topk_threshold}
@@ -137,12 +142,22 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
 
     def _follow_threshold(self, active: torch.Tensor, n_steps: int) -> None:
         start = self.cfg.topk_threshold_start_step
-        if start is not None and n_steps <= start:
+        if start is None or n_steps > start:
+            self.update_topk_threshold(active)
+
+    @override
+    @torch.no_grad()
+    def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
+        # As SAELens', without waiting for the device to say whether any score is positive.
+        if acts_topk.numel() == 0:
             return
-        is_first = start is not None and self.topk_threshold.item() == 0
-        self.update_topk_threshold(active)
-        if is_first:  # the moving average began at 0 and moved by the share lr of the cut
-            self.topk_threshold /= self.cfg.topk_threshold_lr
+        before, rate = self.topk_threshold, self.cfg.topk_threshold_lr
+        is_positive = acts_topk > 0
+        smallest = acts_topk.masked_fill(~is_positive, torch.inf).min().to(before.dtype)
+        after = (1 - rate) * before + rate * smallest
+        if self.cfg.topk_threshold_start_step is not None:
+            after = torch.where(before == 0, smallest, after)  # the first cut it sees
+        self.topk_threshold = torch.where(is_positive.any(), after, before)
 
     def _observe(self, step: _Step, sae_in: torch.Tensor, plan: Plan, n_steps: int) -> None:
         if self.cfg.is_sampled:  # no step computes the losses of the levels to be judged
@@ -152,46 +167,47 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         losses = step.levels.losses[self.cfg.bias_level :]
         self._monitor.observe(losses, step.active, places, sae_in, n_steps)
 
-    def _needs_dense(self, step_input: TrainStepInput) -> bool:
-        """Whether the step is to be computed by the reference."""
-        hooked = self.is_hooked(
-            self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post
-        )
-        return (
-            hooked
-            or not self.computes_sparsely(step_input.sae_in)
-            or step_input.sae_in.requires_grad
-        )
+    def _kernels(self, step_input: TrainStepInput) -> Kernels | None:
+        """Who computes the step from its codes; None where the reference does."""
+        hooks = (self.hook_sae_input, self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        if self.is_hooked(*hooks) or step_input.sae_in.requires_grad:
+            return None
+        return self.kernels(step_input.sae_in)
 
-    def _reference_step(self, sae_in: torch.Tensor, dead: torch.Tensor, plan: Plan) -> _Step:
+    def _reference_step(self, sae_in: torch.Tensor, dead: TrueIndices | None, plan: Plan) -> _Step:
         feature_acts, hidden_pre = self.encode_with_hidden_pre(sae_in)
         norms = self._score_norms()
         acts, pre_acts = feature_acts, hidden_pre
         if norms is not None:
             acts, pre_acts = feature_acts / norms, hidden_pre / norms
         rows, latents = feature_acts.detach().nonzero(as_tuple=True)
+        dead_latents = _by_level(dead, plan)
         return _Step(
             levels=self.dense_levels(acts, sae_in, plan),
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
             active=feature_acts.detach()[rows, latents],
             active_latents=latents,
-            dead_pre_acts=pre_acts[:, dead],
-            dead_decoder_rows=self.W_dec[dead],
+            dead=dead_latents,
+            dead_pre_acts=pre_acts[:, dead_latents],
+            dead_decoder_rows=self.W_dec[dead_latents],
         )
 
-    def _sparse_step(self, sae_in: torch.Tensor, dead: torch.Tensor, plan: Plan) -> _Step:
+    def _sparse_step(
+        self, sae_in: torch.Tensor, dead: TrueIndices | None, plan: Plan, kernels: Kernels
+    ) -> _Step:
         with torch.no_grad():
             x = self.process_sae_in(sae_in)
-            codes = self._select(x)
-        if plan.ranks is not None:
-            codes = codes.ordered_by(plan.ranks)
+            codes = self._select(x, kernels)
+            codes, layout = self.in_level_order(codes, len(sae_in), plan, kernels)
+        dead_latents = _by_level(dead, plan)  # the host waits here, if at all
         b_in = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        layout = Layout.of(codes, len(sae_in), plan.prefixes, plan.ranks)
         acts, dead_rows, dead_biases = encode_selected(
-            x, self.W_enc, self.b_enc, b_in, codes, layout, dead
+            x, self.W_enc, self.b_enc, b_in, codes, layout, dead_latents, kernels
         )
-        levels, dead_decoder_rows = self.sparse_levels(acts, sae_in, plan, layout, dead)
+        levels, dead_decoder_rows = self.sparse_levels(
+            acts, sae_in, plan, layout, dead_latents, kernels
+        )
         feature_acts = torch.sparse_coo_tensor(
             torch.stack([codes.rows, codes.latents]),
             codes.scores,
@@ -205,19 +221,21 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             hidden_pre=feature_acts,
             active=codes.scores,
             active_latents=codes.latents,
+            dead=dead_latents,
             dead_pre_acts=x @ dead_rows.T + dead_biases,
             dead_decoder_rows=dead_decoder_rows,
         )
 
-    def _select(self, x: torch.Tensor) -> Codes:
-        codes = select(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self._score_norms(),
-            n_keep=int(self.activation_fn.k * len(x)),  # type: ignore[attr-defined]
-            floor=self._score_floor,
-        )
+    def _select(self, x: torch.Tensor, kernels: Kernels) -> Codes:
+        with room_for("the pre-activations", (len(x), self.cfg.d_sae), x.dtype):
+            codes = kernels.select(
+                x,
+                self.W_enc,
+                self.b_enc,
+                self._score_norms(),
+                n_keep=int(self.activation_fn.k * len(x)),  # type: ignore[attr-defined]
+                floor=self._score_floor,
+            )
         self._score_floor = codes.cut * FLOOR_FRACTION
         return codes
 
@@ -225,7 +243,10 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         """Decoder norms (d_sae,), or None where the config ranks by pre-activation alone."""
         return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
 
-    def _auxiliary_loss(self, step: _Step, dead: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def _auxiliary_loss(self, step: _Step, plan: Plan) -> torch.Tensor:
+        dead = step.dead
+        if len(dead) == 0:
+            return step.levels.losses.new_zeros(())
         if self.cfg.use_matryoshka_aux_loss:
             places = dead if plan.ranks is None else plan.ranks[dead]
             ends = torch.tensor(plan.prefixes, device=dead.device)
@@ -252,4 +273,12 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             acts, norms = step.feature_acts.detach().to_dense(), self._score_norms()
             acts = acts if norms is None else acts / norms
             losses = self.measured_losses(acts, step_input.sae_in, plan)
-        return self.level_metrics(step_input, losses, step.active_latents, plan)
+        return self.level_metrics(step_input, losses, step.active, step.active_latents, plan)
+
+
+def _by_level(dead: TrueIndices | None, plan: Plan) -> torch.Tensor:
+    """(D,) the dead latents in level order, as the prefixes cut them."""
+    if dead is None:
+        return torch.empty(0, dtype=torch.long, device=plan.levels.device)
+    latents = dead.get()
+    return latents if plan.ranks is None else latents[plan.ranks[latents].argsort()]

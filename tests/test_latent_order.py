@@ -37,7 +37,9 @@ def test_order_and_ranks_are_inverse_and_stable(counts: list[int]) -> None:
 
 def test_rates_by_hand() -> None:
     rates = torch.tensor([0.5, 0.0, 1.0])
-    updated = update_rates(rates, torch.tensor([1, 1, 2]), batch_size=4)
+    updated = update_rates(
+        rates, torch.tensor([1, 1, 2, 2]), torch.tensor([True, True, True, False]), batch_size=4
+    )
     torch.testing.assert_close(updated, torch.tensor([0.495, 0.005, 0.9925]))
 
 

@@ -1,1 +1,1 @@
-"""Sums over the sparse codes of a batch, the arithmetic of a step besides the encode product."""
+"""The sparse arithmetic of a step: in PyTorch, and as Triton kernels."""

@@ -1,0 +1,74 @@
+"""The one place that chooses who computes the sparse arithmetic of a step.
+
+A step needs five functions: `select` the codes, `order` them, the `residuals` of every level, the
+`gradients` of the codes, and `sum_by_latent` for those of the weights. Each is there twice: in
+PyTorch (`selection.select`, and the others in `kernels.eager`) and as Triton kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from sae_lens_matryoshka.kernels import eager
+from sae_lens_matryoshka.kernels.layout import Layout
+from sae_lens_matryoshka.options import Implementation
+from sae_lens_matryoshka.selection import Codes, select
+from sae_lens_matryoshka.triton_support import TRITON_DTYPES, interprets_triton, why_no_triton
+
+
+class Kernels(NamedTuple):
+    """Who computes what; each function is described where PyTorch computes it."""
+
+    select: Callable[..., Codes]
+    order: Callable[..., tuple[Codes, Layout]]
+    residuals: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    gradients: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    sum_by_latent: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+EAGER = Kernels(select, eager.order, eager.residuals, eager.gradients, eager.sum_by_latent)
+
+
+def kernels_for(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype
+) -> Kernels | None:
+    """Who computes a step, or None where the dense reference does.
+
+    Args:
+        implementation: See `options.NestedOptions`.
+        device: Of the activations.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: `implementation` is "triton", and the activations are where it can't be.
+    """
+    if implementation == "sparse":
+        return EAGER
+    if implementation == "triton":
+        if device.type != "cuda" and not (device.type == "cpu" and interprets_triton()):
+            raise ValueError(
+                f"implementation='triton' is not accepted for an SAE on {device}: give 'auto', "
+                "'sparse' or 'reference', or a CUDA device."
+            )
+        return _triton()
+    if implementation == "reference" or device.type not in ("cpu", "cuda"):
+        return None
+    is_for_triton = device.type == "cuda" and dtype in TRITON_DTYPES and why_no_triton() is None
+    return _triton() if is_for_triton else EAGER
+
+
+@cache
+def _triton() -> Kernels:
+    from sae_lens_matryoshka.kernels import triton_layout, triton_selection, triton_sums
+
+    return Kernels(
+        triton_selection.select,
+        triton_layout.order,
+        triton_sums.residuals,
+        triton_sums.gradients,
+        triton_sums.sum_by_latent,
+    )
