@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton import knobs
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
@@ -26,6 +26,7 @@ from sae_lens_matryoshka.kernels import triton_layout, triton_selection, triton_
 from sae_lens_matryoshka.prefixes import level_table, paper_widths
 from sae_lens_matryoshka.selection import Codes
 
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -60,7 +61,9 @@ def launches(
     recorded: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
 
     def record(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
-        recorded.append((kernel, args, {k: v for k, v in kwargs.items() if k not in _LAUNCH}))
+        recorded.append(
+            (kernel, args, {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")})
+        )
 
     JITFunction.run = record  # type: ignore[method-assign]
     batch_size, n = 64, 640
@@ -74,9 +77,7 @@ def launches(
     codes = Codes(torch.arange(n) // 10, latents, values, values, 0.0)
     levels = level_table(tuple(widths), torch.device("cpu"))
     _, layout = triton_layout.order(codes, batch_size, levels, len(widths), True)
-    residuals, losses, sae_out = triton_sums.residuals(
-        values, W_dec, x[0], x, layout, len(widths)
-    )
+    residuals, losses, sae_out = triton_sums.residuals(values, W_dec, x[0], x, layout, len(widths))
     for stop_gradient in ("none", "all", "inner"):
         for grad_out in (None, sae_out):
             triton_sums.gradients(residuals, losses, grad_out, stop_gradient, W_dec, layout)
@@ -84,15 +85,12 @@ def launches(
     return recorded
 
 
-_LAUNCH = ("grid", "warmup")
-
-
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread, and bytes of its stack, which is where registers are spilled to."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert numbers is not None, said

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sae_lens_matryoshka.kernels.triton_rounding import rounded
 from sae_lens_matryoshka.selection import Codes
 
 _SCORES = 1024  # that one program looks at, all of one row
@@ -139,11 +140,11 @@ def _keys_of(
     places = row * n_latents + latents
     pre_acts = tl.load(product + places, mask=mask, other=0.0).to(tl.float32)
     pre_acts += tl.load(b_enc + latents, mask=mask, other=0.0).to(tl.float32)
-    pre_acts = pre_acts.to(PRE).to(tl.float32)
+    pre_acts = rounded(pre_acts, PRE).to(tl.float32)
     scores = pre_acts
     if HAS_NORMS:
         scores *= tl.load(norms + latents, mask=mask, other=0.0).to(tl.float32)
-        scores = scores.to(SCORE).to(tl.float32)
+        scores = rounded(scores, SCORE).to(tl.float32)
     keys = tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     return tl.where(mask, keys, 0), places, pre_acts
 

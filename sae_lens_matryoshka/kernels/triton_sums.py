@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sae_lens_matryoshka.kernels.layout import Layout
+from sae_lens_matryoshka.kernels.triton_rounding import rounded
 from sae_lens_matryoshka.options import StopGradient
 
 # Elements of weight rows that a program has in flight: enough loads at once to hide their latency,
@@ -167,9 +168,9 @@ def _residuals(
                 other=0.0,
             )
             sums += tl.sum(act[:, None] * rows.to(tl.float32), 0)
-        tl.store(left + bag * d_in + columns, sums.to(left.dtype.element_ty), mask=mask)
+        tl.store(left + bag * d_in + columns, rounded(sums, left.dtype.element_ty), mask=mask)
         tl.store(squares + level * n_programs + program, tl.sum(sums * sums, 0))
-    out = (sums + x).to(sae_out.dtype.element_ty)
+    out = rounded(sums + x, sae_out.dtype.element_ty)
     tl.store(sae_out + row * d_in + columns, out, mask=mask)
 
 
@@ -202,7 +203,7 @@ def _gradients(
         bag = row * n_levels + level
         mix = tl.load(residuals + bag * d_in + columns, mask=mask, other=0.0).to(tl.float32)
         mix = mix * tl.load(scales + level) + carried
-        tl.store(mixed + bag * d_in + columns, mix.to(mixed.dtype.element_ty), mask=mask)
+        tl.store(mixed + bag * d_in + columns, rounded(mix, mixed.dtype.element_ty), mask=mask)
         if IS_SUMMED:
             carried = mix
         elif ADDS_OUTERMOST:
@@ -221,7 +222,7 @@ def _gradients(
                 other=0.0,
             )
             dots = tl.sum(mix[None, :] * rows.to(tl.float32), 1)
-            tl.store(grad_acts + codes, dots.to(grad_acts.dtype.element_ty), mask=own)
+            tl.store(grad_acts + codes, rounded(dots, grad_acts.dtype.element_ty), mask=own)
 
 
 @triton.jit
@@ -260,6 +261,6 @@ def _sum_by_latent(
         )
         sum += tl.sum(weight[:, None] * values.to(tl.float32), 0)
         total += weight
-    tl.store(sums + latent * d + columns, sum.to(sums.dtype.element_ty), mask=mask)
+    tl.store(sums + latent * d + columns, rounded(sum, sums.dtype.element_ty), mask=mask)
     if block == 0:
-        tl.store(totals + latent, tl.sum(total, 0).to(totals.dtype.element_ty))
+        tl.store(totals + latent, rounded(tl.sum(total, 0), totals.dtype.element_ty))
