@@ -3,68 +3,57 @@
     python benchmarks/step_time.py                       # the shape of docs/benchmarks/step_time.md
     python benchmarks/step_time.py --d_in 768 --d_sae 24576 --k 40 --threads 2 --n_dead 500
     python benchmarks/step_time.py --variants            # the objective's options, against default
+    python benchmarks/step_time.py --device cuda --preset gemma    # or gpt2, or sweep
 
 A step is SAELens' own: forward, statistics, backward, gradient clipping and Adam, as
 `SAETrainer.step` runs it. Forward-backward is the SAE's part of it alone. Peers that are not
 installed are left out. Times are medians over rounds in which every contestant takes one turn;
 ratios within a run hold where absolute times drift. Memory is what a step adds at its peak to
 parameters and moments, in a process that runs this contestant alone.
+
+A preset is a published shape in every precision of the device, against the floor that its measured
+matrix rate and bandwidth leave (presets.py, ceilings.py); `sweep` lets one size grow at a time
+(growth.py). On a GPU presets report the memory at the peak beyond parameters, gradients and
+moments; on a CPU none. `--shrink` runs presets on a small machine.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import platform
 import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import growth
+import presets
+import records
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    LoggingConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
+from contestants import (
+    ENCODE,
+    OURS,
+    OURS_FLAT,
+    PEER,
+    REFERENCE,
+    SAELENS,
+    SAELENS_FLAT,
+    VARIANTS,
+    Contestant,
+    Setup,
+    encode_product,
+    has_peer,
 )
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput
-from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.util import str_to_dtype
+from measuring import DoesNotFit, build, measure_times, turns_of
 from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.prefixes import paper_widths
 
-OURS, OURS_FLAT, REFERENCE = "ours", "ours, one level", "ours, reference"
-SAELENS, SAELENS_FLAT = "SAELens matryoshka_batchtopk", "SAELens batchtopk"
-PEER = "dictionary_learning matryoshka"
-ENCODE = "encode product alone"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "level_weights=0.5": {"level_weights": 0.5},
-    'stop_gradient="inner"': {"stop_gradient": "inner"},
-    'stop_gradient="all"': {"stop_gradient": "all"},
-    "bias_level=True": {"bias_level": True},
-    'prefix_sampling="log_uniform", n_prefixes=5': {
-        "prefix_sampling": "log_uniform",
-        "n_prefixes": 5,
-    },
-    'prefix_sampling="log_uniform", n_prefixes=10': {
-        "prefix_sampling": "log_uniform",
-        "n_prefixes": 10,
-    },
-    'latent_order="frequency"': {"latent_order": "frequency"},
-    'decoder_norm="unit"': {"decoder_norm": "unit"},
-}
+ROUNDS, PRESET_ROUNDS = 9, 20
+LARGEST_SHRINK = 64  # leaves the smallest dictionary of a preset more latents than k
 
 
 @dataclass
@@ -77,208 +66,51 @@ class Options:
     k: float = 32  # mean number of active latents per activation
     n_dead: int = 0  # latents that count as dead in every step
     threads: int = 1  # CPU threads
-    device: str = "cpu"
+    device: str = "cpu"  # or cuda
     dtype: str = "float32"
     autocast: bool = False  # bfloat16 autocast, as SAELens' trainer does it
     variants: bool = False  # this package's options instead of the peers
-    rounds: int = 9  # turns of each contestant, after two to warm up
+    rounds: int | None = None  # turns of each contestant after the warm-up; 9, with --preset 20
     out: str | None = None  # write OUT.md and OUT.json: the table, its command and conditions
     memory_of: str | None = None  # measure the memory of this contestant alone, and print it
 
 
-class Contestant:
-    """One SAE in its trainer, with its batches."""
+@dataclass
+class Preset:
+    """Shapes and precisions that are set; of the options above only those that say where and how
+    long: n_dead, threads, device, rounds and out."""
 
-    def __init__(self, name: str, options: Options):
-        self.options = options
-        torch.manual_seed(0)
-        self.batches = _batches(options)
-        self.dead = torch.zeros(options.d_sae, dtype=torch.bool, device=options.device)
-        self.dead[torch.randperm(options.d_sae)[: options.n_dead]] = True
-        self.turn = 0
-        if name == PEER:
-            self._forward_backward, self._step = _dictionary_learning(self)
-        else:
-            self._forward_backward, self._step = _saelens(name, self)
-
-    def forward_backward(self) -> None:
-        self._forward_backward(self._next_batch())
-
-    def step(self) -> None:
-        self._step(self._next_batch())
-
-    def _next_batch(self) -> torch.Tensor:
-        self.turn += 1
-        return self.batches[self.turn % len(self.batches)]
+    preset: Literal["gemma", "gpt2", "sweep"] | None = None  # gemma, gpt2, sweep (and OUT.png)
+    shrink: int = 1  # divide d_in, d_sae and batch by this, to try a preset on a small machine
 
 
-def _batches(options: Options) -> list[torch.Tensor]:
-    """Sparse sums of random directions: activations whose codes differ from row to row."""
-    n_features = 4 * options.d_in
-    directions = torch.randn(n_features, options.d_in) / options.d_in**0.5
-    batches = []
-    for _ in range(4):
-        active = torch.rand(options.batch_size, n_features) < 20 / n_features
-        batches.append((active * (torch.rand(active.shape) + 0.5)) @ directions)
-    dtype = str_to_dtype(options.dtype)
-    return [batch.to(options.device, dtype) for batch in batches]
-
-
-def _make_sae(name: str, options: Options) -> TrainingSAE[Any]:
-    shape: dict[str, Any] = {
-        "d_in": options.d_in,
-        "d_sae": options.d_sae,
-        "k": options.k,
-        "dtype": options.dtype,
-        "device": options.device,
-    }
-    widths = paper_widths(options.d_sae)
-    if name == SAELENS_FLAT:
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
-    if name == SAELENS:
-        cfg = MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=widths)
-        return MatryoshkaBatchTopKTrainingSAE(cfg)
-    return MatryoshkaTrainingSAE(
-        MatryoshkaTrainingSAEConfig(
-            **shape,
-            matryoshka_widths=[options.d_sae] if name == OURS_FLAT else widths,
-            implementation="reference" if name == REFERENCE else "auto",
-            **VARIANTS.get(name, {}),
-        )
-    )
-
-
-def _saelens(
-    name: str, contestant: Contestant
-) -> tuple[Callable[[torch.Tensor], None], Callable[[torch.Tensor], None]]:
-    options = contestant.options
-    sae = _make_sae(name, options)
-    trainer = SAETrainer(
-        cfg=SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-            total_training_samples=10**9,
-            device=options.device,
-            autocast=options.autocast,
-            lr=3e-4,
-            lr_end=3e-4,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            lr_decay_steps=0,
-            n_restart_cycles=1,
-            train_batch_size_samples=options.batch_size,
-            dead_feature_window=10**6,
-            feature_sampling_window=10**6,
-            logger=LoggingConfig(log_to_wandb=False),
-            n_batches_for_norm_estimate=1,
-        ),
-        sae=sae,
-        data_provider=iter(()),
-    )
-
-    def forward_backward(batch: torch.Tensor) -> None:
-        with trainer.autocast_if_enabled:
-            output = sae.training_forward_pass(
-                TrainStepInput(
-                    sae_in=batch,
-                    coefficients={},
-                    dead_neuron_mask=contestant.dead,
-                    n_training_steps=contestant.turn,
-                    is_logging_step=False,
-                )
-            )
-        output.loss.backward()
-        sae.zero_grad()
-
-    def step(batch: torch.Tensor) -> None:
-        trainer.n_forward_passes_since_fired[contestant.dead] = 10**7
-        trainer.step(batch)
-
-    return forward_backward, step
-
-
-def _dictionary_learning(
-    contestant: Contestant,
-) -> tuple[Callable[[torch.Tensor], None], Callable[[torch.Tensor], None]]:
-    from dictionary_learning.trainers.matryoshka_batch_top_k import (  # type: ignore[import-not-found]
-        MatryoshkaBatchTopKTrainer,
-    )
-
-    options = contestant.options
-    ends = [0, *paper_widths(options.d_sae)]
-    trainer = MatryoshkaBatchTopKTrainer(
-        steps=10**6,
-        activation_dim=options.d_in,
-        dict_size=options.d_sae,
-        k=int(options.k),
-        layer=0,
-        lm_name="none",
-        group_fractions=[(b - a) / options.d_sae for a, b in itertools.pairwise(ends)],
+def setup_of(options: Options) -> Setup:
+    return Setup(
+        d_in=options.d_in,
+        d_sae=options.d_sae,
+        widths=paper_widths(options.d_sae),
+        batch_size=options.batch_size,
+        k=options.k,
+        n_dead=options.n_dead,
         device=options.device,
+        dtype=options.dtype,
+        autocast=options.autocast,
     )
-    trainer.ae.to(dtype=str_to_dtype(options.dtype))
-
-    def mark_dead() -> None:
-        trainer.num_tokens_since_fired[contestant.dead] = 10**9
-
-    def forward_backward(batch: torch.Tensor) -> None:
-        mark_dead()
-        trainer.loss(batch, step=contestant.turn).backward()
-        trainer.ae.zero_grad()
-
-    def step(batch: torch.Tensor) -> None:
-        mark_dead()
-        trainer.update(contestant.turn, batch)
-
-    return forward_backward, step
 
 
-def _has_peer() -> bool:
-    try:
-        import dictionary_learning.trainers.matryoshka_batch_top_k  # type: ignore  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def measure_times(options: Options, names: list[str]) -> dict[str, dict[str, float]]:
+def median_times(options: Options, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each contestant's forward-backward and step."""
-    contestants = {name: Contestant(name, options) for name in names}
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"forward_backward": [], "step": []} for name in [*names, ENCODE]
-    }
-    batch = _batches(options)[0]
-    encoder = torch.randn(options.d_in, options.d_sae, device=options.device).to(batch.dtype)
-    device_type = torch.device(options.device).type
-    for _ in tqdm(range(options.rounds + 2), desc="Rounds", disable=None):
-        for kind in ("forward_backward", "step"):
-            for name, contestant in contestants.items():
-                times[name][kind].append(_seconds(getattr(contestant, kind), options.device))
-        with torch.autocast(device_type, torch.bfloat16, enabled=options.autocast):
-            encode = _seconds(lambda: batch @ encoder, options.device)
-        times[ENCODE]["forward_backward"].append(encode)
-    return {
-        name: {kind: statistics.median(values[2:]) for kind, values in kinds.items() if values}
-        for name, kinds in times.items()
-    }
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    setup = setup_of(options)
+    turns = {**turns_of(build(names, setup)), (ENCODE, "forward_backward"): encode_product(setup)}
+    medians: dict[str, dict[str, float]] = {}
+    for (name, kind), values in measure_times(turns, rounds, 2, options.device).items():
+        medians.setdefault(name, {})[kind] = statistics.median(values)
+    return medians
 
 
 def measure_memory(options: Options, name: str) -> float:
     """MiB that a step of `name` adds at its peak, in this process."""
-    contestant = Contestant(name, options)
+    contestant = Contestant(name, setup_of(options))
     for _ in range(3):
         contestant.step()
     if options.device != "cpu":
@@ -341,55 +173,101 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def conditions(options: Options) -> dict[str, Any]:
-    import sae_lens
-
+def conditions(options: Options, rounds: int) -> dict[str, Any]:
+    chosen = {k: v for k, v in asdict(options).items() if k not in ("out", "memory_of")}
     return {
-        **{k: v for k, v in asdict(options).items() if k not in ("out", "memory_of")},
+        **chosen,
+        "rounds": rounds,
         "widths": paper_widths(options.d_sae),
-        "processor": torch.cuda.get_device_name()
-        if options.device != "cpu"
-        else _cpu_name() or platform.machine(),
-        "torch": torch.__version__,
-        "sae_lens": sae_lens.__version__,
-        "python": platform.python_version(),
+        **records.machine(options.device),
     }
-
-
-def _cpu_name() -> str | None:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), None)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_arguments(Options, dest="options")
-    options: Options = parser.parse_args().options
+    parser.add_arguments(Preset, dest="preset")
+    arguments = parser.parse_args()
+    options: Options = arguments.options
+    preset: Preset = arguments.preset
+    if problem := _device_problem(options.device) or _preset_problem(options, preset):
+        parser.error(problem)
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    if options.memory_of is not None:
-        print(measure_memory(options, options.memory_of))
-        return
+    if options.device != "cpu":
+        torch.cuda.set_device(torch.device(options.device).index or 0)
+    try:
+        if options.memory_of is not None:
+            print(measure_memory(options, options.memory_of))
+        elif preset.preset is None:
+            run_table(options)
+        else:
+            run_preset(options, preset)
+    except DoesNotFit as error:
+        sys.exit(f"{error}; take a larger GPU or smaller sizes (--shrink 2 halves a preset's)")
 
-    peers = [SAELENS, SAELENS_FLAT, *([PEER] if _has_peer() else [])]
+
+def _device_problem(device: str) -> str | None:
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accepted = ["cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{i}" for i in range(n_gpus))]
+    if device in accepted:
+        return None
+    return (
+        f"--device {device}: PyTorch {torch.__version__} finds {n_gpus or 'no'} CUDA devices; "
+        f"accepted here: {', '.join(accepted)}"
+    )
+
+
+def _preset_problem(options: Options, preset: Preset) -> str | None:
+    if not 1 <= preset.shrink <= LARGEST_SHRINK:
+        return f"--shrink {preset.shrink}: accepted are 1 to {LARGEST_SHRINK}"
+    if options.rounds is not None and options.rounds < 1:
+        return f"--rounds {options.rounds}: accepted are 1 and more"
+    if preset.preset is None:
+        return "--shrink needs a --preset" if preset.shrink != 1 else None
+    fixed = ("d_in", "d_sae", "batch_size", "k", "dtype", "autocast", "variants", "memory_of")
+    given = [f"--{name}" for name in fixed if getattr(options, name) != getattr(Options(), name)]
+    if given:
+        return f"--preset {preset.preset} leaves no choice of {', '.join(given)}"
+    return None
+
+
+def run_preset(options: Options, preset: Preset) -> None:
+    flags = ["--preset", str(preset.preset)]
+    if preset.shrink != 1:
+        flags += ["--shrink", str(preset.shrink)]
+    job = presets.Job(
+        device=options.device,
+        n_dead=options.n_dead,
+        shrink=preset.shrink,
+        rounds=PRESET_ROUNDS if options.rounds is None else options.rounds,
+        threads=options.threads,
+        command=" ".join([_command(options), *flags]),
+        out=options.out,
+    )
+    if preset.preset == "sweep":
+        growth.run(job)
+    else:
+        presets.run(str(preset.preset), job)
+
+
+def run_table(options: Options) -> None:
+    rounds = ROUNDS if options.rounds is None else options.rounds
+    peers = [SAELENS, SAELENS_FLAT, *([PEER] if has_peer() else [])]
     names = [OURS, *VARIANTS] if options.variants else [OURS, OURS_FLAT, REFERENCE, *peers]
-    results = measure_times(options, names)
+    results = median_times(options, names, rounds)
     for name in tqdm(names, desc="Memory", disable=None):
         results[name]["memory_mib"] = _memory_in_own_process(options, name)
-
-    text = report(options, results)
+    described = conditions(options, rounds)
+    text = report(options, results, described)
     print(text)
-    if options.out is not None:
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(text)
-        record = {"conditions": conditions(options), "results": results}
-        out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    records.save(options.out, text, {"conditions": described, "results": results})
 
 
-def report(options: Options, results: dict[str, dict[str, float]]) -> str:
+def report(
+    options: Options, results: dict[str, dict[str, float]], described: dict[str, Any]
+) -> str:
     """The command, its table, the ratios that sum it up, and the conditions, as Markdown."""
     ours, encode = results[OURS], results[ENCODE]["forward_backward"]
     flat, peer = results.get(OURS_FLAT), results.get(SAELENS)
@@ -412,7 +290,7 @@ def report(options: Options, results: dict[str, dict[str, float]]) -> str:
             "",
             *(f"- {name}: {value:.2f}" for name, value in ratios.items()),
             "",
-            ", ".join(f"{name} {value}" for name, value in conditions(options).items()),
+            ", ".join(f"{name} {value}" for name, value in described.items()),
             "",
         ]
     )
