@@ -1,0 +1,366 @@
+"""Tokens per second of whole training runs through SAELens' runner, and where the time goes.
+
+    python benchmarks/runner_throughput.py --device cuda                # GPT-2 small's shape
+    python benchmarks/runner_throughput.py --device cpu --model demo    # minutes on one thread
+
+Every run is SAELens' own: its runner, activation store and trainer, with the shape and the buffer
+of `configs/`. gpt2 has random weights and random tokens, on which speed does not depend.
+Contestants take turns. Each turn has two runs: an undisturbed one for tokens per second, and one in
+which the calls are timed, for the shares. On CUDA the latter waits for the device where a part
+begins and ends, which slows it. Set-up, warm-up steps and saving are not counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: the demo's model has an official name
+
+import numpy as np
+import sae_lens
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.load_model import load_model
+from sae_lens.saes.sae import TrainingSAEConfig
+from simple_parsing import ArgumentParser
+from timed_runner import N_WARM_UP_STEPS, PARTS, REST, MeasuringRunner, PartTimer, Run
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.demo import run as demo
+from sae_lens_matryoshka.demo.corpus import texts
+from sae_lens_matryoshka.files import check_writable, whole_file
+from sae_lens_matryoshka.prefixes import paper_widths
+from sae_lens_matryoshka.run_config import load_run_config
+
+OURS, SAELENS, SAELENS_FLAT = "ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"
+CONTESTANTS = (OURS, SAELENS, SAELENS_FLAT)
+CONFIGS = {"gpt2": "gpt2-small.yaml", "demo": "demo.yaml"}
+N_TOKEN_SEQUENCES = 2048  # of gpt2's random tokens; the store begins again behind the last
+
+
+@dataclass
+class Options:
+    """What is measured, and where."""
+
+    model: Literal["gpt2", "demo"] = "gpt2"  # GPT-2 small's architecture, or the package's own
+    device: str = "cpu"
+    d_sae: int | None = None  # width of the dictionary; the model's config in configs/ if not given
+    k: float | None = None  # mean number of active latents per activation; likewise
+    batch_size: int | None = None  # activations in a training batch; likewise
+    training_tokens: int = 1_000_000  # counted ones of each run; rounded up to whole buffer refills
+    autocast: bool = False  # bfloat16 autocast of the SAE and the language model, as SAELens does
+    repeats: int = 3  # turns of each contestant
+    out: str | None = None  # write OUT.md, OUT.json and OUT.png: table, runs and picture
+
+
+def run_config(options: Options) -> LanguageModelSAERunnerConfig[Any]:
+    """The run of this package's SAE; the other contestants differ in `sae` alone."""
+    folder = Path(__file__).parent.parent / "configs"
+    cfg = load_run_config(folder / CONFIGS[options.model])
+    batch_size = options.batch_size or cfg.train_batch_size_tokens
+    # Only over whole refills does the model read as many tokens as the SAE is trained on.
+    n_kept = int(cfg.n_batches_in_buffer * cfg.context_size * cfg.activations_mixing_fraction)
+    refill = max(1, n_kept // batch_size)
+    n_steps = math.ceil(options.training_tokens / batch_size / refill) * refill
+    d_sae = options.d_sae or cfg.sae.d_sae
+    return replace(
+        cfg,
+        sae=MatryoshkaTrainingSAEConfig(
+            d_in=cfg.sae.d_in,
+            d_sae=d_sae,
+            k=options.k or cfg.sae.k,
+            matryoshka_widths=paper_widths(d_sae),
+            normalize_activations="expected_average_only_in",
+            device=options.device,
+        ),
+        is_dataset_tokenized=options.model == "gpt2",
+        train_batch_size_tokens=batch_size,
+        training_tokens=(N_WARM_UP_STEPS + n_steps) * batch_size,
+        device=options.device,
+        llm_device=options.device,
+        act_store_device=options.device,
+        autocast=options.autocast,
+        autocast_lm=options.autocast,
+        lr=1e-4,
+        lr_end=1e-4,
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        n_batches_for_norm_estimate=8,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        output_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+
+
+def sae_config(name: str, ours: MatryoshkaTrainingSAEConfig) -> TrainingSAEConfig:
+    """The contestant's SAE, of the same shape as `ours`."""
+    if name == OURS:
+        return ours
+    shape: dict[str, Any] = {
+        field: getattr(ours, field)
+        for field in ("d_in", "d_sae", "k", "normalize_activations", "device")
+    }
+    if name == SAELENS_FLAT:
+        return BatchTopKTrainingSAEConfig(**shape)
+    return MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=ours.matryoshka_widths)
+
+
+def model_and_data(options: Options, context_size: int) -> tuple[HookedTransformer, Dataset]:
+    """The language model and what it reads, without a network."""
+    if options.model == "demo":
+        return _demo_model(options.device), Dataset.from_dict({"text": texts(demo.N_TEXTS, seed=0)})
+    cfg = HookedTransformerConfig(
+        n_layers=12,
+        d_model=768,
+        n_heads=12,
+        d_head=64,
+        d_mlp=3072,
+        n_ctx=1024,
+        d_vocab=50257,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        device=options.device,
+        seed=0,
+    )
+    shape = (N_TOKEN_SEQUENCES, context_size)
+    tokens = np.random.default_rng(0).integers(cfg.d_vocab, size=shape)
+    return HookedTransformer(cfg), Dataset.from_dict({"input_ids": tokens})
+
+
+def _demo_model(device: str) -> HookedTransformer:
+    started_in = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(Path(demo.__file__).with_name("model"), Path(folder) / demo.MODEL_FOLDER)
+        os.chdir(folder)  # TransformerLens takes a relative folder of that name
+        try:
+            model = load_model("HookedTransformer", demo.MODEL_FOLDER.name, device)
+        finally:
+            os.chdir(started_in)
+    assert isinstance(model, HookedTransformer)
+    return model
+
+
+def measure(
+    name: str,
+    by_parts: bool,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    model: HookedTransformer,
+    data: Dataset,
+) -> Run:
+    """One run of one contestant.
+
+    Raises:
+        FloatingPointError: weights are not finite at the end.
+    """
+    torch.manual_seed(cfg.seed)
+    cfg = replace(cfg, sae=sae_config(name, cfg.sae))
+    runner = MeasuringRunner(cfg, override_dataset=data, override_model=model)
+    is_cuda = torch.device(cfg.device).type == "cuda"
+    wait = functools.partial(torch.cuda.synchronize, cfg.device) if is_cuda else lambda: None
+    runner.timer, runner.by_parts = PartTimer(REST, wait), by_parts
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # SAELens' bars
+        sae = runner.run()
+    if not all(parameter.isfinite().all() for parameter in sae.parameters()):
+        raise FloatingPointError(f"{name}: weights are not finite after {runner.tokens} tokens.")
+    run = Run(name, runner.tokens, runner.timer.total)
+    if by_parts:
+        run.parts = {part: runner.timer.seconds[part] for part in PARTS}
+        run.language_model_tokens = runner.language_model_tokens
+    return run
+
+
+def summarise(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """Each contestant's speed in its undisturbed runs, and the shares in those by parts."""
+    results: dict[str, dict[str, Any]] = {}
+    for name in CONTESTANTS:
+        own = [run for run in runs if run.contestant == name]
+        undisturbed = [run.seconds for run in own if run.parts is None]
+        seconds = statistics.median(undisturbed)
+        by_parts = [run.parts for run in own if run.parts is not None]
+        medians = {part: statistics.median(parts[part] for parts in by_parts) for part in PARTS}
+        total = sum(medians.values())
+        results[name] = {
+            "tokens": own[0].tokens,
+            "seconds": seconds,
+            "tokens_per_second": own[0].tokens / seconds,
+            "slowest": own[0].tokens / max(undisturbed),
+            "fastest": own[0].tokens / min(undisturbed),
+            "shares": {part: value / total for part, value in medians.items()},
+            "seconds_by_parts": total,
+        }
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown, every ratio against SAELens' Matryoshka SAE."""
+    base = results[SAELENS]["tokens_per_second"]
+    lines = [
+        f"| | tokens / s | slowest–fastest | | {' | '.join(PARTS)} | by parts / undisturbed |",
+        f"|---|---:|---:|---:|{'---:|' * len(PARTS)}---:|",
+    ]
+    for name, row in results.items():
+        speed = row["tokens_per_second"]
+        cells = [
+            name,
+            f"{speed:,.0f}",
+            f"{row['slowest']:,.0f}–{row['fastest']:,.0f}",
+            f"{speed / base:.2f}×",
+            *(f"{100 * row['shares'][part]:.1f} %" for part in PARTS),
+            f"{row['seconds_by_parts'] / row['seconds']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Bars of seconds per million tokens: undisturbed time, split by the parts' shares."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for y, row in enumerate(results.values()):
+        start, whole = 0.0, 1e6 / row["tokens_per_second"]
+        for index, part in enumerate(PARTS):
+            width = whole * row["shares"][part]
+            axis.barh(y, width, left=start, color=f"C{index}", label=part)
+            start += width
+        axis.text(start, y, f" {row['tokens_per_second']:,.0f} tokens / s", va="center")
+    axis.set_yticks(range(len(results)), list(results))
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set_xlabel("seconds per million tokens")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles, _ = axis.get_legend_handles_labels()
+    figure.legend(handles=handles[: len(PARTS)], loc="outside upper center", ncols=len(PARTS))
+    figure.savefig(path, dpi=130)
+
+
+def conditions(options: Options, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+    is_cuda = torch.device(options.device).type == "cuda"
+    processor = torch.cuda.get_device_name(options.device) if is_cuda else _cpu_name()
+    return {
+        "model": options.model,
+        "hook_name": cfg.hook_name,
+        "context_size": cfg.context_size,
+        "d_in": cfg.sae.d_in,
+        "d_sae": cfg.sae.d_sae,
+        "k": cfg.sae.k,
+        "widths": cfg.sae.matryoshka_widths,
+        "batch_size": cfg.train_batch_size_tokens,
+        "tokens_in_buffer": cfg.n_batches_in_buffer * cfg.context_size,
+        "tokens_per_forward": cfg.store_batch_size_prompts * cfg.context_size,
+        "warm_up_tokens": N_WARM_UP_STEPS * cfg.train_batch_size_tokens,
+        "autocast": options.autocast,
+        "repeats": options.repeats,
+        "device": options.device,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sae_lens": sae_lens.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _command(options: Options) -> str:
+    """The command line that repeats this."""
+    defaults = asdict(Options())
+    flags = [
+        f"--{name}" if value is True else f"--{name} {value}"
+        for name, value in asdict(options).items()
+        if value != defaults[name] and name != "out"
+    ]
+    return " ".join(["python benchmarks/runner_throughput.py", *flags])
+
+
+def _check(options: Options) -> None:
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={options.device!r}: this machine has no CUDA; accepted: 'cpu'.")
+    for name in ("d_sae", "k", "batch_size", "training_tokens", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}; accepted: more than 0.")
+    if options.out is not None:
+        check_writable("out", Path(options.out).parent)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_arguments(Options, dest="options")
+    options: Options = parser.parse_args().options
+    try:
+        _check(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    warnings.filterwarnings("ignore")
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+
+    cfg = run_config(options)
+    record: dict[str, Any] = {
+        "command": _command(options),
+        "conditions": conditions(options, cfg),
+        "runs": [],
+    }
+    model, data = model_and_data(options, cfg.context_size)
+    runs: list[Run] = []
+    turns = list(itertools.product(range(options.repeats), (False, True), CONTESTANTS))
+    for _, by_parts, name in tqdm(turns, desc="Runs", disable=None):
+        runs.append(measure(name, by_parts, cfg, model, data))
+        record["runs"].append(asdict(runs[-1]))
+        write(options, ".json", json.dumps(record, indent=2) + "\n")  # none is lost if one fails
+        gc.collect()  # the SAE and its moments, before the next one's
+
+    record["results"] = results = summarise(runs)
+    facts = ", ".join(f"{name} {value}" for name, value in record["conditions"].items())
+    text = "\n".join([f"`{record['command']}`", "", table(results), "", facts, ""])
+    print(text)
+    write(options, ".json", json.dumps(record, indent=2) + "\n")
+    write(options, ".md", text)
+    if options.out is not None:
+        draw(Path(f"{options.out}.png"), results)
+
+
+def write(options: Options, suffix: str, text: str) -> None:
+    """Write OUT's file of this suffix whole, if there is an OUT."""
+    if options.out is None:
+        return
+    path = Path(options.out + suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
