@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -13,17 +12,18 @@ from typing import Any
 import sae_lens
 import torch
 
+from sae_lens_matryoshka.files import whole_file
+
 
 def save(out: str | None, text: str, record: dict[str, Any]) -> None:
-    """Write OUT.md and OUT.json, each at once, so that a crash leaves the last whole one."""
+    """Write OUT.md and OUT.json, if there is an OUT, each whole or not at all."""
     if out is None:
         return
     for ending, content in ((".md", text), (".json", json.dumps(record, indent=2) + "\n")):
         path = Path(out + ending)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(content)
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(content)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -16,11 +16,9 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import logging
 import math
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -33,7 +31,7 @@ from typing import Any, Literal
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: the demo's model has an official name
 
 import numpy as np
-import sae_lens
+import records
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -53,7 +51,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo import run as demo
 from sae_lens_matryoshka.demo.corpus import texts
-from sae_lens_matryoshka.files import check_writable, whole_file
+from sae_lens_matryoshka.files import check_writable
 from sae_lens_matryoshka.prefixes import paper_widths
 from sae_lens_matryoshka.run_config import load_run_config
 
@@ -261,8 +259,6 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def conditions(options: Options, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
-    is_cuda = torch.device(options.device).type == "cuda"
-    processor = torch.cuda.get_device_name(options.device) if is_cuda else _cpu_name()
     return {
         "model": options.model,
         "hook_name": cfg.hook_name,
@@ -278,19 +274,10 @@ def conditions(options: Options, cfg: LanguageModelSAERunnerConfig[Any]) -> dict
         "autocast": options.autocast,
         "repeats": options.repeats,
         "device": options.device,
-        "processor": processor,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "sae_lens": sae_lens.__version__,
-        "python": platform.python_version(),
+        **records.machine(options.device),
+        **records.gpu(options.device),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _command(options: Options) -> str:
@@ -339,27 +326,16 @@ def main() -> None:
     for _, by_parts, name in tqdm(turns, desc="Runs", disable=None):
         runs.append(measure(name, by_parts, cfg, model, data))
         record["runs"].append(asdict(runs[-1]))
-        write(options, ".json", json.dumps(record, indent=2) + "\n")  # none is lost if one fails
+        records.save(options.out, "", record)  # no run is lost if one fails
         gc.collect()  # the SAE and its moments, before the next one's
 
     record["results"] = results = summarise(runs)
     facts = ", ".join(f"{name} {value}" for name, value in record["conditions"].items())
     text = "\n".join([f"`{record['command']}`", "", table(results), "", facts, ""])
     print(text)
-    write(options, ".json", json.dumps(record, indent=2) + "\n")
-    write(options, ".md", text)
+    records.save(options.out, text, record)
     if options.out is not None:
         draw(Path(f"{options.out}.png"), results)
-
-
-def write(options: Options, suffix: str, text: str) -> None:
-    """Write OUT's file of this suffix whole, if there is an OUT."""
-    if options.out is None:
-        return
-    path = Path(options.out + suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text)
 
 
 if __name__ == "__main__":

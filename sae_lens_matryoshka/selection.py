@@ -47,6 +47,11 @@ class Codes(NamedTuple):
     pre_acts: torch.Tensor
     cut: float | torch.Tensor
 
+    def in_order(self, places: torch.Tensor) -> Codes:
+        """The same codes, the one at places[i] coming i-th."""
+        rows, latents, scores, pre_acts = (tensor[places] for tensor in self[:4])
+        return Codes(rows, latents, scores, pre_acts, self.cut)
+
 
 def select(
     x: torch.Tensor,

@@ -6,19 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels.eager import dot_bags, starts_of, sum_bags
+from sae_lens_matryoshka.kernels import eager
+from sae_lens_matryoshka.kernels.layout import Layout
 from sae_lens_matryoshka.objective import (
-    Layout,
     auxiliary_loss,
     decode_nested,
     encode_selected,
     reference_levels,
     reference_reconstructions,
 )
+from sae_lens_matryoshka.prefixes import level_of
 from sae_lens_matryoshka.selection import Codes
 
 WIDTHS = (3, 7, 12)
 BATCH, D_IN = 5, 4
+LEVELS = level_of(torch.arange(WIDTHS[-1]), WIDTHS)
 
 
 def drawn_codes(seed: int, n: int) -> Codes:
@@ -27,6 +29,10 @@ def drawn_codes(seed: int, n: int) -> Codes:
     keys = torch.randperm(BATCH * WIDTHS[-1], generator=generator)[:n].sort().values
     values = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
     return Codes(keys // WIDTHS[-1], keys % WIDTHS[-1], values, values, 0.0)
+
+
+def layout_of(codes: Codes) -> Layout:
+    return eager.order(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
 
 
 def parameters(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,7 +56,7 @@ def test_nested_levels_equal_the_dense_formula(seed: int, n: int, n_dead: int) -
 
     expected = reference_levels(reference_reconstructions(dense, W_dec, b_dec, WIDTHS), target)
     actual, dead_rows = decode_nested(
-        acts, W_dec, b_dec, target, Layout.of(codes, BATCH, WIDTHS), len(WIDTHS), dead
+        acts, W_dec, b_dec, target, layout_of(codes), len(WIDTHS), dead
     )
     for field in ("losses", "residuals", "sae_out"):
         torch.testing.assert_close(getattr(actual, field), getattr(expected, field))
@@ -88,7 +94,7 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
         b_enc,
         b_in,
         codes._replace(pre_acts=kept.detach()),
-        Layout.of(codes, BATCH, WIDTHS),
+        layout_of(codes),
         dead,
     )
     assert torch.equal(acts, kept)
@@ -107,28 +113,40 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
 @given(seed=st.integers(0, 2**16), n=st.integers(0, 60))
 def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None:
     codes = drawn_codes(seed, n)
-    layout = Layout.of(codes, BATCH, WIDTHS)
+    layout = layout_of(codes)
     places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
     assert layout.bags.tolist() == [
         row * 3 + sum(latent >= width for width in WIDTHS) for row, latent in places
     ]
     assert layout.bags.tolist() == sorted(layout.bags.tolist())
-    matrix = torch.randn(BATCH, D_IN, dtype=torch.float64)
-    expected = torch.zeros(WIDTHS[-1], D_IN, dtype=torch.float64)
-    for (row, latent), value in zip(places, codes.pre_acts, strict=True):
-        expected[latent] += value * matrix[row]
-    torch.testing.assert_close(
-        layout.sum_by_latent(matrix, codes.rows.int(), codes.pre_acts), expected
-    )
+    assert layout.bag_starts.tolist() == [
+        sum(bag < number for bag in layout.bags.tolist()) for number in range(BATCH * 3 + 1)
+    ]
+    by_latent = sorted(range(n), key=lambda code: (places[code][1], code))
+    assert layout.by_latent.tolist() == by_latent
+    assert layout.latent_starts.tolist() == [
+        sum(latent < number for _, latent in places) for number in range(WIDTHS[-1] + 1)
+    ]
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60))
+def test_codes_of_levels_in_any_order_are_put_in_order(seed: int, n: int) -> None:
+    codes = drawn_codes(seed, n)
+    levels = LEVELS[torch.randperm(WIDTHS[-1])]
+    ordered, layout = eager.order(codes, BATCH, levels, len(WIDTHS), False)
+    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    expected = sorted(places, key=lambda place: (place[0], levels[place[1]].item(), place[1]))
+    assert list(zip(ordered.rows.tolist(), ordered.latents.tolist(), strict=True)) == expected
+    assert layout.bags.tolist() == [row * 3 + levels[latent].item() for row, latent in expected]
+    values = dict(zip(places, codes.scores.tolist(), strict=True))
+    assert ordered.scores.tolist() == [values[place] for place in expected]
 
 
 def test_backward_may_run_twice() -> None:
     codes = drawn_codes(0, 30)
     W_dec, b_dec, target = parameters(0)
     acts = codes.pre_acts.clone().requires_grad_()
-    levels, _ = decode_nested(
-        acts, W_dec, b_dec, target, Layout.of(codes, BATCH, WIDTHS), 3, torch.arange(0)
-    )
+    levels, _ = decode_nested(acts, W_dec, b_dec, target, layout_of(codes), 3, torch.arange(0))
     first = torch.autograd.grad(levels.losses.sum(), (acts, W_dec), retain_graph=True)
     second = torch.autograd.grad(levels.losses.sum(), (acts, W_dec))
     for one, other in zip(first, second, strict=True):
@@ -137,33 +155,25 @@ def test_backward_may_run_twice() -> None:
 
 @given(
     seed=st.integers(0, 2**16),
-    n=st.integers(0, 40),
-    n_bags=st.integers(1, 9),
+    n=st.integers(0, 60),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=60)
-def test_sparse_sums_equal_plain_loops(seed: int, n: int, n_bags: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(seed)
-    matrix = torch.randn(11, 6, dtype=dtype)
+def test_sums_by_latent_equal_plain_loops(seed: int, n: int, dtype: torch.dtype) -> None:
+    codes = drawn_codes(seed, n)
+    layout = layout_of(codes)
+    matrix = torch.randn(11, D_IN).to(dtype)
     rows = torch.randint(0, 11, (n,), dtype=torch.int32)
-    bags = torch.randint(0, n_bags, (n,), dtype=torch.int32).sort().values
-    weights = torch.rand(n, dtype=dtype)
-    starts = starts_of(bags, n_bags)
-
-    expected = torch.zeros(n_bags, 6, dtype=torch.float64)
-    for bag, row, weight in zip(bags.tolist(), rows.tolist(), weights.double(), strict=True):
-        expected[bag] += weight * matrix[row].double()
-    tolerance = {"rtol": 10 * torch.finfo(dtype).eps, "atol": 10 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(
-        sum_bags(matrix, rows, starts, weights).double(), expected, **tolerance
-    )
-    per_bag = torch.randn(n_bags, 6, dtype=dtype)
-    torch.testing.assert_close(
-        dot_bags(per_bag, matrix, rows, bags, starts).double(),
-        (per_bag[bags.long()].double() * matrix[rows.long()].double()).sum(-1),
-        rtol=tolerance["rtol"],
-        atol=60 * torch.finfo(dtype).eps,
-    )
+    weights = codes.scores.to(dtype)
+    expected = torch.zeros(WIDTHS[-1], D_IN, dtype=torch.float64)
+    totals = torch.zeros(WIDTHS[-1], dtype=torch.float64)
+    for latent, row, weight in zip(codes.latents, rows, weights.double(), strict=True):
+        expected[latent] += weight * matrix[row].double()
+        totals[latent] += weight
+    sums, sum_of_weights = eager.sum_by_latent(matrix, rows, weights, layout)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(sums.double(), expected, rtol=10 * eps, atol=10 * eps)
+    torch.testing.assert_close(sum_of_weights.double(), totals, rtol=10 * eps, atol=10 * eps)
 
 
 def test_auxiliary_loss_by_hand() -> None:

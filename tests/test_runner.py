@@ -342,8 +342,17 @@ def test_step_that_breaks_off_after_counting_is_undone(make_runner, monkeypatch)
         return clip(*args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_fail)
+    gradients_when_saving = []
+    save = SAETrainer.save_trainer_state
+
+    def look_and_save(trainer, path):
+        gradients_when_saving.extend(p.grad for p in trainer.sae.parameters())
+        save(trainer, path)
+
+    monkeypatch.setattr(SAETrainer, "save_trainer_state", look_and_save)
     with pytest.raises(torch.OutOfMemoryError):
         runner.run()
+    assert gradients_when_saving == [None] * 4, "memory that saving may need"
     checkpoint = Path(runner.cfg.checkpoint_path) / str(5 * BATCH)
     state = torch.load(checkpoint / "trainer_state.pt")
     assert state["n_forward_passes_since_fired"].max() == 5

@@ -181,14 +181,14 @@ def test_deterministic_runs_are_equal_to_the_bit() -> None:
         assert torch.equal(runs[1][name], value), name
 
 
-def test_two_hundred_steps_of_saelens_trainer() -> None:
+def test_a_run_of_saelens_trainer() -> None:
     """Loss curves agree to 1e-4 at every step, and what is scored at the end to 1e-3.
 
     Rounding differs, and Adam divides by the size of a gradient, so runs drift apart slowly.
     """
-    shape = {"d_in": 8, "d_sae": 24, "batch": 4, "k": 3.0}
+    n_steps, shape = 50, {"d_in": 8, "d_sae": 24, "batch": 4, "k": 3.0}
     if DEVICE == "cuda":
-        shape = {"d_in": 256, "d_sae": 4096, "batch": 512, "k": 20.0}
+        n_steps, shape = 200, {"d_in": 256, "d_sae": 4096, "batch": 512, "k": 20.0}
     curves, finals = [], []
     for implementation in ("reference", "triton"):
         torch.manual_seed(0)
@@ -204,7 +204,7 @@ def test_two_hundred_steps_of_saelens_trainer() -> None:
         sae = sae_class(cfg)
         trainer = SAETrainer(cfg=trainer_config(shape["batch"]), sae=sae, data_provider=iter(()))
         losses = []
-        for step in range(200):
+        for step in range(n_steps):
             torch.manual_seed(step)
             active = torch.rand(shape["batch"], len(features), device=DEVICE) < 0.1
             losses.append(trainer.step(active.float() @ features).loss.item())
@@ -212,7 +212,7 @@ def test_two_hundred_steps_of_saelens_trainer() -> None:
         curves.append(torch.tensor(losses))
         finals.append({"threshold": sae.topk_threshold, "fired": trainer.act_freq_scores})
         finals[-1] |= sae.state_dict()
-    assert curves[0][-1] < 0.5 * curves[0][0], "the run is meant to learn"
+    assert curves[0][-10:].mean() < 0.8 * curves[0][:10].mean(), "the run is meant to learn"
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
     for name, value in finals[0].items():
         assert relative_error(finals[1][name], value) < 1e-3, name
@@ -226,8 +226,8 @@ def trainer_config(batch_size: int) -> SAETrainerConfig:
         total_training_samples=10**9,
         device=DEVICE,
         autocast=False,
-        lr=3e-3,
-        lr_end=3e-3,
+        lr=1e-2,
+        lr_end=1e-2,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
         adam_beta1=0.9,

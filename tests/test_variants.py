@@ -28,7 +28,8 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
 )
-from sae_lens_matryoshka.objective import Layout, decode_nested, mixing_matrix
+from sae_lens_matryoshka.kernels import eager
+from sae_lens_matryoshka.objective import decode_nested, mixing_matrix
 from sae_lens_matryoshka.prefixes import level_of
 from sae_lens_matryoshka.selection import Codes
 from tests.steps import dense, relative_error, run_step
@@ -152,12 +153,14 @@ def test_gradients_are_the_mixed_residuals(
     acts = values.clone().requires_grad_()
     W_dec = torch.randn(D_SAE, D_IN, dtype=torch.float64, requires_grad=True)
     b_dec = torch.randn(D_IN, dtype=torch.float64, requires_grad=True)
+    table = level_of(torch.arange(D_SAE), widths)
+    _, layout = eager.order(codes, BATCH, table, len(widths), True)
     levels, _ = decode_nested(
         acts,
         W_dec,
         b_dec,
         torch.randn(BATCH, D_IN, dtype=torch.float64),
-        Layout.of(codes, BATCH, widths),
+        layout,
         len(widths),
         torch.empty(0, dtype=torch.long),
         stop_gradient,

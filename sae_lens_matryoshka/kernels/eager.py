@@ -33,7 +33,7 @@ def order(
     bags = codes.rows.int() * n_levels + levels[codes.latents]
     if not are_levels_ascending:
         bags, places = bags.sort(stable=True)
-        codes = Codes(*(tensor[places] for tensor in codes[:4]), codes.cut)
+        codes = codes.in_order(places)
     latents = codes.latents.int()
     ascending, by_latent = latents.sort(stable=True)
     return codes, Layout(

@@ -8,6 +8,9 @@ is room for), kernels that otherwise return at once find the cut in the whole ma
 the key at a time. The host launches the same kernels whatever the numbers are.
 """
 
+# Triton annotates what a kernel takes on the device, not what a launch takes.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -47,7 +50,7 @@ def select(
     scores = torch.empty(n_keep, dtype=score_dtype, device=device)
     places = torch.empty(2, n_keep, dtype=torch.int64, device=device)
     if n_keep == 0:
-        return Codes(*places, scores, pre_acts, 0.0)
+        return Codes(places[0], places[1], scores, pre_acts, 0.0)
 
     blocks_per_row = triton.cdiv(n_latents, _SCORES)
     n_blocks = n_rows * blocks_per_row
@@ -117,7 +120,7 @@ def select(
         _DTYPES[score_dtype],
         _SCORES,
     )
-    return Codes(*places, scores, pre_acts, cut.view(torch.float32)[0])
+    return Codes(places[0], places[1], scores, pre_acts, cut.view(torch.float32)[0])
 
 
 @triton.jit
