@@ -20,8 +20,10 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"  # with it the client uploads to another 
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ.pop("HF_TOKEN", None)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-if not torch.cuda.is_available():  # Triton reads this when a kernel is defined
-    os.environ["TRITON_INTERPRET"] = "1"
+if torch.cuda.is_available():
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic products ask for
+else:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when a kernel is defined
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -51,8 +51,9 @@ def assert_same(actual: Codes, expected: Codes) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _several_blocks_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def _several_blocks_a_row_and_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_selection, "_SCORES", 16)
+    monkeypatch.setattr(triton_selection, "_PROGRAMS", 5)
 
 
 def drawn(kind: str, **shape: int) -> dict[str, torch.Tensor]:

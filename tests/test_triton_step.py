@@ -218,6 +218,25 @@ def test_a_run_of_saelens_trainer() -> None:
         assert relative_error(finals[1][name], value) < 1e-3, name
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA tells what waits for it")
+@pytest.mark.parametrize("options", [{}, {"prefix_sampling": "uniform"}, {"level_weights": 0.5}])
+def test_only_the_check_of_the_loss_waits_for_the_gpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae_class, config_class = get_sae_training_class("matryoshka")
+    sae = sae_class(config_class(d_in=32, d_sae=512, k=8, device=DEVICE, **options))
+    monkeypatch.setattr(sae, "require_finite", lambda *args: None)
+    dead = torch.arange(512, device=DEVICE) % 50 == 0
+    for step in range(3):
+        x = torch.randn(64, 32, device=DEVICE)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            run_step(sae, x, dead, step).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def trainer_config(batch_size: int) -> SAETrainerConfig:
     return SAETrainerConfig(
         n_checkpoints=0,
@@ -247,7 +266,7 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     triton = kernels_for("auto", cuda, torch.float32)
     assert triton is not None
-    assert triton.select is triton_selection.select
+    assert triton.select.__wrapped__ is triton_selection.select  # type: ignore[attr-defined]
     assert kernels_for("triton", cuda, torch.bfloat16) is triton
     assert kernels_for("auto", cuda, torch.float64) is EAGER
     assert kernels_for("sparse", cuda, torch.float32) is EAGER

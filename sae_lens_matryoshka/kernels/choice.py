@@ -8,8 +8,8 @@ PyTorch (`selection.select`, and the others in `kernels.eager`) and as Triton ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,10 +65,22 @@ def kernels_for(
 def _triton() -> Kernels:
     from sae_lens_matryoshka.kernels import triton_layout, triton_selection, triton_sums
 
-    return Kernels(
+    functions = (
         triton_selection.select,
         triton_layout.order,
         triton_sums.residuals,
         triton_sums.gradients,
         triton_sums.sum_by_latent,
     )
+    return Kernels(*map(_on_its_device, functions))
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whichever one the tensors are on."""
+
+    @wraps(function)
+    def call(first: torch.Tensor | Codes, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first.rows if isinstance(first, Codes) else first):
+            return function(first, *args, **kwargs)
+
+    return call

@@ -22,7 +22,8 @@ import triton.language as tl
 from sae_lens_matryoshka.kernels.triton_rounding import rounded
 from sae_lens_matryoshka.selection import Codes
 
-_SCORES = 1024  # that one program looks at, all of one row
+_SCORES = 1024  # of one row, that a program looks at at once
+_PROGRAMS = 2048  # fill a GPU; what returns at once costs the less, the fewer there are of it
 _ROOM = 4  # candidates there is room for, as a multiple of the codes to keep
 _DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, number of values) of a key's 31 bits
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -61,6 +62,7 @@ def select(
         "norms": norms if norms is not None else b_enc,
         "n_latents": n_latents,
         "blocks_per_row": blocks_per_row,
+        "n_blocks": n_blocks,
         "HAS_NORMS": norms is not None,
         "PRE": _DTYPES[pre_dtype],
         "SCORE": _DTYPES[score_dtype],
@@ -73,24 +75,24 @@ def select(
     wanted = torch.empty(1, dtype=torch.int64, device=device)
     is_wrong = torch.ones_like(limit)
 
+    grid = (min(n_blocks, _PROGRAMS),)
     counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
-    _count[(n_blocks,)](**matrix, counts=counts, n_blocks=n_blocks, limit=limit, runs=is_wrong)
+    _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
     _judge_floor[(1,)](counts[0].sum(), limit, wanted, is_wrong, n_keep, room)
     for shift, n_values in _DIGITS:
         histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
         search = {"limit": limit, "wanted": wanted, "SHIFT": shift, "N_VALUES": n_values}
-        _histogram[(n_blocks,)](**matrix, **search, histogram=histogram, runs=is_wrong)
+        _histogram[grid](**matrix, **search, histogram=histogram, runs=is_wrong)
         _narrow[(1,)](**search, histogram=histogram, runs=is_wrong)
-    _count[(n_blocks,)](**matrix, counts=counts, n_blocks=n_blocks, limit=limit, runs=is_wrong)
+    _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
 
     keys = torch.zeros(room, dtype=torch.int32, device=device)
     flat_places = torch.empty(room, dtype=torch.int64, device=device)
     candidates = torch.empty(room, dtype=pre_dtype, device=device)
-    _pick_candidates[(n_blocks,)](
+    _pick_candidates[grid](
         **matrix,
         counts=counts,
         sums=counts.cumsum(1),
-        n_blocks=n_blocks,
         limit=limit,
         n_keep=n_keep,
         keys=keys,
@@ -165,8 +167,8 @@ def _count(
     norms,
     n_latents,
     blocks_per_row,
-    counts,
     n_blocks,
+    counts,
     limit,
     runs,
     HAS_NORMS: tl.constexpr,
@@ -177,11 +179,12 @@ def _count(
     """How many scores of each block are above the limit, and how many at it."""
     if tl.load(runs) == 0:
         return
-    block = tl.program_id(0)
-    keys, _, _ = _keys_of(
-        product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
-    )
-    _store_counts(counts, block, n_blocks, keys, tl.load(limit))
+    cut = tl.load(limit)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        keys, _, _ = _keys_of(
+            product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
+        )
+        _store_counts(counts, block, n_blocks, keys, cut)
 
 
 @triton.jit
@@ -209,6 +212,7 @@ def _histogram(
     norms,
     n_latents,
     blocks_per_row,
+    n_blocks,
     limit,
     wanted,
     histogram,
@@ -223,23 +227,16 @@ def _histogram(
     """How many keys that share the digits found so far have each value of the next digit."""
     if tl.load(runs) == 0:
         return
-    keys, _, _ = _keys_of(
-        product,
-        b_enc,
-        norms,
-        tl.program_id(0),
-        n_latents,
-        blocks_per_row,
-        HAS_NORMS,
-        PRE,
-        SCORE,
-        SCORES,
-    )
-    digits = keys >> SHIFT
-    shared = keys > 0
-    if SHIFT < 20:
-        shared &= digits // N_VALUES == (tl.load(limit) >> SHIFT) // N_VALUES
-    tl.atomic_add(histogram + digits % N_VALUES, 1, mask=shared, sem="relaxed")
+    found = tl.load(limit) >> SHIFT
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        keys, _, _ = _keys_of(
+            product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
+        )
+        digits = keys >> SHIFT
+        shared = keys > 0
+        if SHIFT < 20:
+            shared &= digits // N_VALUES == found // N_VALUES
+        tl.atomic_add(histogram + digits % N_VALUES, 1, mask=shared, sem="relaxed")
 
 
 @triton.jit
@@ -290,9 +287,9 @@ def _pick_candidates(
     norms,
     n_latents,
     blocks_per_row,
+    n_blocks,
     counts,
     sums,
-    n_blocks,
     limit,
     n_keep,
     keys,
@@ -304,17 +301,26 @@ def _pick_candidates(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    if tl.load(counts + block) + tl.load(counts + n_blocks + block) == 0:
-        return
-    own, places, pre_acts = _keys_of(
-        product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
-    )
-    picked, slots = _slots(own, block, counts, sums, n_blocks, tl.load(limit), n_keep)
-    picked &= slots < room
-    tl.store(keys + slots, own, mask=picked)
-    tl.store(flat_places + slots, places, mask=picked)
-    tl.store(candidates + slots, pre_acts.to(PRE), mask=picked)
+    cut = tl.load(limit)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        if tl.load(counts + block) + tl.load(counts + n_blocks + block) > 0:
+            own, places, pre_acts = _keys_of(
+                product,
+                b_enc,
+                norms,
+                block,
+                n_latents,
+                blocks_per_row,
+                HAS_NORMS,
+                PRE,
+                SCORE,
+                SCORES,
+            )
+            picked, slots = _slots(own, block, counts, sums, n_blocks, cut, n_keep)
+            picked &= slots < room
+            tl.store(keys + slots, own, mask=picked)
+            tl.store(flat_places + slots, places, mask=picked)
+            tl.store(candidates + slots, pre_acts.to(PRE), mask=picked)
 
 
 @triton.jit
