@@ -133,6 +133,13 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
+def _gather(matrix, rows, own, d, columns, mask):
+    """Columns of some rows of a matrix (m, d), as float32; zeros where there is no own row."""
+    places = rows.to(tl.int64)[:, None] * d + columns[None, :]
+    return tl.load(matrix + places, mask=own[:, None] & mask[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _residuals(
     acts,
     W_dec,
@@ -163,14 +170,10 @@ def _residuals(
         for first in range(start, end, CODES):
             codes = first + tl.arange(0, CODES)
             own = codes < end
-            latent = tl.load(latents + codes, mask=own, other=0).to(tl.int64)
+            latent = tl.load(latents + codes, mask=own, other=0)
             act = tl.load(acts + codes, mask=own, other=0.0).to(tl.float32)
-            rows = tl.load(
-                W_dec + latent[:, None] * d_in + columns[None, :],
-                mask=own[:, None] & mask[None, :],
-                other=0.0,
-            )
-            sums += tl.sum(act[:, None] * rows.to(tl.float32), 0)
+            rows = _gather(W_dec, latent, own, d_in, columns, mask)
+            sums += tl.sum(act[:, None] * rows, 0)
         tl.store(left + bag * d_in + columns, rounded(sums, left.dtype.element_ty), mask=mask)
         tl.store(squares + level * n_programs + program, tl.sum(sums * sums, 0))
     out = rounded(sums + x, sae_out.dtype.element_ty)
@@ -218,13 +221,9 @@ def _gradients(
         for first in range(start, end, CODES):
             codes = first + tl.arange(0, CODES)
             own = codes < end
-            latent = tl.load(latents + codes, mask=own, other=0).to(tl.int64)
-            rows = tl.load(
-                W_dec + latent[:, None] * d_in + columns[None, :],
-                mask=own[:, None] & mask[None, :],
-                other=0.0,
-            )
-            dots = tl.sum(mix[None, :] * rows.to(tl.float32), 1)
+            latent = tl.load(latents + codes, mask=own, other=0)
+            rows = _gather(W_dec, latent, own, d_in, columns, mask)
+            dots = tl.sum(mix[None, :] * rows, 1)
             tl.store(grad_acts + codes, rounded(dots, grad_acts.dtype.element_ty), mask=own)
 
 
@@ -255,14 +254,9 @@ def _sum_by_latent(
         slots = first + tl.arange(0, CODES)
         own = slots < end
         codes = tl.load(by_latent + slots, mask=own, other=0)
-        row = tl.load(rows + codes, mask=own, other=0).to(tl.int64)
+        row = tl.load(rows + codes, mask=own, other=0)
         weight = tl.load(weights + codes, mask=own, other=0.0).to(tl.float32)
-        values = tl.load(
-            matrix + row[:, None] * d + columns[None, :],
-            mask=own[:, None] & mask[None, :],
-            other=0.0,
-        )
-        sum += tl.sum(weight[:, None] * values.to(tl.float32), 0)
+        sum += tl.sum(weight[:, None] * _gather(matrix, row, own, d, columns, mask), 0)
         total += weight
     tl.store(sums + latent * d + columns, rounded(sum, sums.dtype.element_ty), mask=mask)
     if block == 0:
