@@ -2,14 +2,19 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint
+.PHONY: demo test test-plain test-evals lint
 
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
 
-# What `pip install sae-lens-matryoshka` brings, and then what the extra `eval` brings.
-test: .venv-plain/installed .peers/installed .venv/installed-dev
+test: test-plain test-evals
+
+# What `pip install sae-lens-matryoshka` brings.
+test-plain: .venv-plain/installed .peers/installed
 	.venv-plain/bin/python -m pytest
+
+# What the extra `eval` brings.
+test-evals: .venv/installed-dev
 	.venv/bin/python -m pytest tests/evals
 
 lint: .venv/installed-dev
