@@ -40,6 +40,9 @@ class CodeStats:
         if n == 0:
             return
         scores = scores.float()
+        # what only fills up is neither weak nor strong; leaving it out would need its number
+        mean = scores.sum() / (scores > 0).sum().clamp(min=1)
+        scores = torch.where(scores > 0, scores, mean)
         weaker = scores.topk((n + 1) // 2, largest=False, sorted=False).values  # sorting is slow
         tenth = weaker.topk(n // 10 + 1, largest=False, sorted=False).values.max()
         means = torch.stack([tenth, weaker.sum() / n, scores.mean()])

@@ -169,7 +169,7 @@ class _EncodeSelected(torch.autograd.Function):
         dead: torch.Tensor,
         kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(x, W_enc, codes.rows, codes.pre_acts, dead, *layout)
+        ctx.save_for_backward(x, W_enc, codes.rows, dead, *layout)
         ctx.has_b_in = b_in is not None
         ctx.kernels = kernels
         return codes.pre_acts.clone(), W_enc.T[dead], b_enc[dead]
@@ -177,13 +177,10 @@ class _EncodeSelected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_acts, grad_dead_rows, grad_dead_biases = grads
-        x, W_enc, rows, pre_acts, dead, *layout = ctx.saved_tensors
-        # codes that only fill up have no pre-activation, and relu has no gradient there
-        grad_acts = grad_acts.to(W_enc.dtype).masked_fill(pre_acts == 0, 0)
-
+        x, W_enc, rows, dead, *layout = ctx.saved_tensors
         with room_for("the gradient of W_enc", W_enc.shape, W_enc.dtype):
             grad_rows, grad_b_enc = ctx.kernels.sum_by_latent(
-                x, rows.int(), grad_acts, Layout(*layout)
+                x, rows.int(), grad_acts.to(W_enc.dtype), Layout(*layout)
             )
         grad_rows.index_add_(0, dead, grad_dead_rows)
         grad_b_enc.index_add_(0, dead, grad_dead_biases)

@@ -30,7 +30,7 @@ class Codes(NamedTuple):
     """The non-zero codes of a batch of B activations, by row and within a row by latent.
 
     The Triton kernels don't know how many there are before they are done: they fill up with codes
-    whose score and pre-activation are 0.
+    of the last latent on the last row, whose score and pre-activation are 0.
 
     Attributes:
         rows: (n,) int64, the activation's index in the batch.
@@ -39,6 +39,7 @@ class Codes(NamedTuple):
         pre_acts: (n,) pre-activation, above 0: the factor of the decoder row.
         cut: The smallest score that was kept if `k * B` were kept, else 0; a tensor where it is
             still being computed.
+        n_used: How many codes, the first ones, don't just fill up, () int64; None if all.
     """
 
     rows: torch.Tensor
@@ -46,11 +47,12 @@ class Codes(NamedTuple):
     scores: torch.Tensor
     pre_acts: torch.Tensor
     cut: float | torch.Tensor
+    n_used: torch.Tensor | None = None
 
     def in_order(self, places: torch.Tensor) -> Codes:
         """The same codes, the one at places[i] coming i-th."""
         rows, latents, scores, pre_acts = (tensor[places] for tensor in self[:4])
-        return Codes(rows, latents, scores, pre_acts, self.cut)
+        return self._replace(rows=rows, latents=latents, scores=scores, pre_acts=pre_acts)
 
 
 def select(

@@ -212,7 +212,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             torch.stack([codes.rows, codes.latents]),
             codes.scores,
             (len(sae_in), self.cfg.d_sae),
-            is_coalesced=plan.ranks is None,
+            is_coalesced=plan.ranks is None and codes.n_used is None,
             check_invariants=False,
         )
         return _Step(
@@ -227,7 +227,10 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         )
 
     def _select(self, x: torch.Tensor, kernels: Kernels) -> Codes:
-        with room_for("the pre-activations", (len(x), self.cfg.d_sae), x.dtype):
+        dtype, device = x.dtype, x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with room_for("the pre-activations", (len(x), self.cfg.d_sae), dtype):
             codes = kernels.select(
                 x,
                 self.W_enc,

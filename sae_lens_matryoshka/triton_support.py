@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 
@@ -19,6 +20,20 @@ def why_no_triton() -> str | None:
     """What this machine lacks, or None where it can run Triton kernels."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not torch.cuda.is_available() and not interprets_triton():
+    if interprets_triton():
+        return None
+    if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
-    return None
+    return _why_no_launch()
+
+
+@cache
+def _why_no_launch() -> str | None:
+    """What is in the way of a first kernel: a C compiler, say, which launching one takes."""
+    from sae_lens_matryoshka.kernels.triton_rounding import round_one
+
+    try:
+        rounded = round_one(torch.ones(1, device="cuda"))
+    except Exception as error:
+        return f"a first kernel failed ({type(error).__name__}: {error})"
+    return None if rounded.item() == 1 else "a first kernel gave a wrong result"

@@ -296,6 +296,18 @@ def test_code_stats_are_those_of_sorted_scores(scores: list[float], n_repeats: i
     assert codes.firing_rates.tolist() == pytest.approx([count / 40 for count in counts])
 
 
+def test_scores_that_only_fill_up_are_not_weak_ones() -> None:
+    values = torch.linspace(1, 2, 100)
+    alone, filled_up = CodeStats(), CodeStats()
+    alone.add(values, torch.arange(100) % 7, n_tokens=30, d_sae=8)
+    zeros = torch.zeros(100)
+    latents = torch.cat([torch.arange(100) % 7, torch.full((100,), 7)])
+    filled_up.add(torch.cat([values, zeros]), latents, n_tokens=30, d_sae=8)
+    assert torch.equal(filled_up.firing_rates, alone.firing_rates)
+    assert filled_up.weak_score >= alone.weak_score
+    assert filled_up.weak_half >= alone.weak_half
+
+
 def test_looks_after_doubling_steps_and_tells_each_kind_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,9 +12,11 @@ import pytest
 KERNELS = {
     "_count",
     "_count_keys",
-    "_gradients",
+    "_dot",
     "_histogram",
+    "_histogram_keys",
     "_judge_floor",
+    "_mix",
     "_narrow",
     "_order_rows",
     "_pick_candidates",

@@ -55,9 +55,23 @@ def test_as_sorting(
     assert_same_order(codes, batch, levels, len(prefixes), are_levels_ascending)
 
 
-def test_codes_that_fill_up_are_placed_like_any_other() -> None:
-    rows, latents = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([4, 0, 5, 5, 5])
-    values = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0])
-    codes = Codes(*(tensor.to(DEVICE) for tensor in (rows, latents, values, values)), 0.0)
-    levels = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.int32, device=DEVICE)
-    assert_same_order(codes, 3, levels, 2, True)
+@pytest.mark.parametrize("n_used", [0, 2, 5])
+@pytest.mark.parametrize("are_levels_ascending", [True, False])
+def test_codes_that_fill_up_are_in_no_bag(n_used: int, are_levels_ascending: bool) -> None:
+    rows, latents = torch.tensor([0, 1, 1, 2, 2, 2, 2]), torch.tensor([4, 0, 3, 1, 5, 5, 5])
+    rows[n_used:], latents[n_used:] = 2, 5
+    values = torch.arange(7.0).flip(0)
+    tensors = [tensor.to(DEVICE) for tensor in (rows, latents, values, values)]
+    levels = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.int32)
+    if not are_levels_ascending:
+        levels = levels.flip(0)
+    rest = (3, levels.to(DEVICE), 2, are_levels_ascending)
+    _, expected = eager.order(Codes(*(tensor[:n_used] for tensor in tensors), 0.0), *rest)
+    count = torch.tensor(n_used, device=DEVICE)
+    codes, actual = triton_layout.order(Codes(*tensors, 0.0, count), *rest)
+    assert torch.equal(actual.bag_starts, expected.bag_starts)
+    assert torch.equal(actual.latent_starts, expected.latent_starts)
+    for field in ("latents", "bags", "by_latent"):
+        assert torch.equal(getattr(actual, field)[:n_used], getattr(expected, field)), field
+    assert torch.equal(codes.rows, rows.to(DEVICE))
+    assert torch.equal(codes.scores[n_used:], values[n_used:].to(DEVICE))

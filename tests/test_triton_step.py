@@ -15,8 +15,8 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.kernels import triton_selection
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, triton_support
+from sae_lens_matryoshka.kernels import triton_rounding, triton_selection
 from sae_lens_matryoshka.kernels.choice import EAGER, kernels_for
 from tests.devices import DEVICE
 from tests.steps import dense, outcome, relative_error, run_step, twins
@@ -182,40 +182,54 @@ def test_deterministic_runs_are_equal_to_the_bit() -> None:
 
 
 def test_a_run_of_saelens_trainer() -> None:
-    """Loss curves agree to 1e-4 at every step, and what is scored at the end to 1e-3.
+    """Losses agree to 2e-3 at every step, and what is scored at the end to 1e-3.
 
-    Rounding differs, and Adam divides by the size of a gradient, so runs drift apart slowly.
+    Rounding differs, and now and then another latent is kept; weights whose gradient is mostly
+    rounding part by more, since Adam divides by its size.
     """
-    n_steps, shape = 50, {"d_in": 8, "d_sae": 24, "batch": 4, "k": 3.0}
+    n_steps, d_in, d_sae, batch, k = 50, 8, 24, 4, 3.0
     if DEVICE == "cuda":
-        n_steps, shape = 200, {"d_in": 256, "d_sae": 4096, "batch": 512, "k": 20.0}
+        n_steps, d_in, d_sae, batch, k = 200, 64, 1024, 256, 10.0
     curves, finals = [], []
     for implementation in ("reference", "triton"):
         torch.manual_seed(0)
-        features = torch.randn(2 * shape["d_in"], shape["d_in"], device=DEVICE)
-        cfg = MatryoshkaTrainingSAEConfig(
-            d_in=shape["d_in"],
-            d_sae=shape["d_sae"],
-            k=shape["k"],
-            device=DEVICE,
-            implementation=implementation,  # type: ignore[arg-type]
+        features = torch.randn(2 * d_in, d_in) / d_in**0.5
+        active = torch.rand(4, batch, len(features)) < k / 2 / len(features)
+        batches = (active.float() @ features).to(DEVICE)
+        sae_class, config_class = get_sae_training_class("matryoshka")
+        sae = sae_class(
+            config_class(d_in=d_in, d_sae=d_sae, k=k, device=DEVICE, implementation=implementation)
         )
-        sae_class, _ = get_sae_training_class("matryoshka")
-        sae = sae_class(cfg)
-        trainer = SAETrainer(cfg=trainer_config(shape["batch"]), sae=sae, data_provider=iter(()))
+        trainer = SAETrainer(cfg=trainer_config(batch), sae=sae, data_provider=iter(()))
         losses = []
         for step in range(n_steps):
-            torch.manual_seed(step)
-            active = torch.rand(shape["batch"], len(features), device=DEVICE) < 0.1
-            losses.append(trainer.step(active.float() @ features).loss.item())
+            losses.append(trainer.step(batches[step % 4]).loss.item())
             trainer.n_training_steps += 1
         curves.append(torch.tensor(losses))
-        finals.append({"threshold": sae.topk_threshold, "fired": trainer.act_freq_scores})
-        finals[-1] |= sae.state_dict()
-    assert curves[0][-10:].mean() < 0.8 * curves[0][:10].mean(), "the run is meant to learn"
-    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+        scores = run_step(sae, batches.flatten(0, 1), None, is_logging_step=True).metrics
+        finals.append({k: v() if callable(v) else v for k, v in scores.items()})
+    assert curves[0][-4:].mean() < 0.8 * curves[0][:4].mean(), "the run is meant to learn"
+    torch.testing.assert_close(curves[1], curves[0], rtol=2e-3, atol=0)
     for name, value in finals[0].items():
-        assert relative_error(finals[1][name], value) < 1e-3, name
+        torch.testing.assert_close(finals[1][name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("latent_order", ["index", "frequency"])
+def test_feature_acts_hold_what_fills_up_as_zeros(latent_order: str) -> None:
+    sae_class, config_class = get_sae_training_class("matryoshka")
+    options = {"d_in": 8, "d_sae": 32, "k": 4, "device": DEVICE, "latent_order": latent_order}
+    sae = sae_class(config_class(**options, implementation="triton"))
+    with torch.no_grad():
+        sae.b_enc.fill_(-1.0)
+        sae.b_enc[-1] = 5.0  # only the latent that stands for what fills up is active
+        sae.W_enc[:, -1] = 0.0
+    acts = run_step(sae, torch.randn(6, 8, device=DEVICE) * 0.01, None).feature_acts
+    assert acts._nnz() == 4 * 6
+    expected = torch.zeros(6, 32, device=DEVICE)
+    expected[:, -1] = 5 * sae.W_dec[-1].detach().norm()
+    torch.testing.assert_close(acts.to_dense(), expected)
+    fired = acts.bool().float().sum(0).to_dense()  # as SAELens' trainer counts them
+    assert fired.tolist() == [0.0] * 31 + [6.0]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA tells what waits for it")
@@ -245,8 +259,8 @@ def trainer_config(batch_size: int) -> SAETrainerConfig:
         total_training_samples=10**9,
         device=DEVICE,
         autocast=False,
-        lr=1e-2,
-        lr_end=1e-2,
+        lr=3e-3,
+        lr_end=3e-3,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
         adam_beta1=0.9,
@@ -264,6 +278,7 @@ def trainer_config(batch_size: int) -> SAETrainerConfig:
 def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_support, "_why_no_launch", lambda: None)
     triton = kernels_for("auto", cuda, torch.float32)
     assert triton is not None
     assert triton.select.__wrapped__ is triton_selection.select  # type: ignore[attr-defined]
@@ -273,13 +288,33 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_for("auto", cpu, torch.float32) is EAGER
     assert kernels_for("reference", cuda, torch.float32) is None
     assert kernels_for("auto", torch.device("mps"), torch.float32) is None
+    with pytest.raises(ValueError, match=r"for an SAE of torch.float64: give 'auto', .*bfloat16"):
+        kernels_for("triton", cuda, torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
         ValueError, match=r"'triton' is not accepted for an SAE on cpu: give 'auto'"
     ):
         kernels_for("triton", cpu, torch.float32)
+    monkeypatch.setattr(triton_support, "_why_no_launch", lambda: "there is no C compiler")
+    with pytest.warns(UserWarning, match="in PyTorch, .* because there is no C compiler"):
+        assert kernels_for("auto", cuda, torch.float32) is EAGER
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert kernels_for("auto", cuda, torch.float32) is EAGER
+    with pytest.warns(UserWarning, match="because Triton is not installed"):
+        assert kernels_for("auto", cuda, torch.float32) is EAGER
+
+
+def test_a_first_kernel_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, device=DEVICE))
+    assert triton_support._why_no_launch.__wrapped__() is None
+
+    def fail(number: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton_rounding, "round_one", fail)
+    assert triton_support._why_no_launch.__wrapped__() == (
+        "a first kernel failed (RuntimeError: Failed to find C compiler.)"
+    )
 
 
 def test_config_names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

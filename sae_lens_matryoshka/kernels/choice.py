@@ -7,6 +7,7 @@ PyTorch (`selection.select`, and the others in `kernels.eager`) and as Triton ke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, NamedTuple
@@ -54,11 +55,30 @@ def kernels_for(
                 f"implementation='triton' is not accepted for an SAE on {device}: give 'auto', "
                 "'sparse' or 'reference', or a CUDA device."
             )
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(
+                f"implementation='triton' is not accepted for an SAE of {dtype}: give 'auto', "
+                "'sparse' or 'reference', or one of "
+                f"{', '.join(map(str, TRITON_DTYPES))}."
+            )
         return _triton()
     if implementation == "reference" or device.type not in ("cpu", "cuda"):
         return None
-    is_for_triton = device.type == "cuda" and dtype in TRITON_DTYPES and why_no_triton() is None
-    return _triton() if is_for_triton else EAGER
+    if device.type == "cpu" or dtype not in TRITON_DTYPES:
+        return EAGER
+    lack = why_no_triton()
+    if lack is not None:
+        _warn_that_it_is_slower(lack)
+        return EAGER
+    return _triton()
+
+
+@cache
+def _warn_that_it_is_slower(lack: str) -> None:
+    warnings.warn(
+        f"implementation='auto' computes in PyTorch, not in Triton kernels, because {lack}.",
+        stacklevel=2,
+    )
 
 
 @cache

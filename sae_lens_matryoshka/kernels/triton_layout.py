@@ -30,33 +30,38 @@ def order(
     n, d_sae, device = len(codes.rows), len(levels), codes.rows.device
     if n == 0:
         return eager.order(codes, batch_size, levels, n_levels, are_levels_ascending)
+    n_used = codes.n_used if codes.n_used is not None else torch.full((), n, device=device)
     row_starts = torch.searchsorted(codes.rows, torch.arange(batch_size + 1, device=device))
-    bags, places = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+    row_starts = torch.minimum(row_starts, n_used)
+    bags = torch.zeros(n, dtype=torch.int32, device=device)
+    places = torch.arange(n, dtype=torch.int32, device=device)
     bag_starts = torch.empty(batch_size * n_levels + 1, dtype=torch.int32, device=device)
     _order_rows[(batch_size,)](
-        codes.latents, levels, row_starts, bags, places, bag_starts, batch_size, n, n_levels, _CODES
+        codes.latents, levels, row_starts, bags, places, bag_starts, batch_size, n_levels, _CODES
     )
     if not are_levels_ascending:
         codes = codes.in_order(places)
     latents = codes.latents.int()
-    by_latent, latent_starts = _by_latent(latents, codes.rows, batch_size, d_sae)
+    by_latent, latent_starts = _by_latent(latents, codes.rows, n_used, batch_size, d_sae)
     return codes, Layout(latents, bags, bag_starts, by_latent, latent_starts)
 
 
 def _by_latent(
-    latents: torch.Tensor, rows: torch.Tensor, batch_size: int, d_sae: int
+    latents: torch.Tensor, rows: torch.Tensor, n_used: torch.Tensor, batch_size: int, d_sae: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n, device = len(latents), latents.device
     bins_per_latent = triton.cdiv(batch_size, _ROWS_PER_BIN)
     counts = torch.zeros(d_sae * bins_per_latent, dtype=torch.int32, device=device)
     bins, places = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     grid = (triton.cdiv(n, _CODES),)
-    _count[grid](latents, rows, counts, bins, places, n, bins_per_latent, _ROWS_PER_BIN, _CODES)
+    _count[grid](
+        latents, rows, counts, bins, places, n_used, bins_per_latent, _ROWS_PER_BIN, _CODES
+    )
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
-    unordered, by_latent = torch.empty_like(bins), torch.empty_like(bins)
-    _place[grid](bins, places, starts, unordered, n, _CODES)
-    _rank[grid](bins, starts, unordered, by_latent, n, _CODES, _RIVALS)
+    unordered, by_latent = torch.empty_like(bins), torch.zeros_like(bins)
+    _place[grid](bins, places, starts, unordered, n_used, _CODES)
+    _rank[grid](bins, starts, unordered, by_latent, n_used, _CODES, _RIVALS)
     return by_latent, starts[::bins_per_latent].contiguous()
 
 
@@ -69,7 +74,6 @@ def _order_rows(
     places,
     bag_starts,
     batch_size,
-    n,
     n_levels,
     CODES: tl.constexpr,
 ):
@@ -89,7 +93,7 @@ def _order_rows(
             tl.store(bags + slots, tl.zeros_like(codes).to(tl.int32) + bag, mask=own)
             placed += tl.sum(own.to(tl.int32), 0)
     if row == batch_size - 1:
-        tl.store(bag_starts + batch_size * n_levels, n)
+        tl.store(bag_starts + batch_size * n_levels, end.to(tl.int32))
 
 
 @triton.jit
@@ -99,13 +103,13 @@ def _count(
     counts,
     bins,
     places,
-    n,
+    n_used,
     bins_per_latent,
     ROWS_PER_BIN: tl.constexpr,
     CODES: tl.constexpr,
 ):
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = codes < n
+    mask = codes < tl.load(n_used)
     row = tl.load(rows + codes, mask=mask, other=0)
     latent = tl.load(latents + codes, mask=mask, other=0)
     bin = latent * bins_per_latent + (row // ROWS_PER_BIN).to(tl.int32)
@@ -114,18 +118,18 @@ def _count(
 
 
 @triton.jit
-def _place(bins, places, starts, unordered, n, CODES: tl.constexpr):
+def _place(bins, places, starts, unordered, n_used, CODES: tl.constexpr):
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = codes < n
+    mask = codes < tl.load(n_used)
     start = tl.load(starts + tl.load(bins + codes, mask=mask, other=0), mask=mask, other=0)
     slots = start + tl.load(places + codes, mask=mask, other=0)
     tl.store(unordered + slots, codes, mask=mask)
 
 
 @triton.jit
-def _rank(bins, starts, unordered, by_latent, n, CODES: tl.constexpr, RIVALS: tl.constexpr):
+def _rank(bins, starts, unordered, by_latent, n_used, CODES: tl.constexpr, RIVALS: tl.constexpr):
     slots = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = slots < n
+    mask = slots < tl.load(n_used)
     own = tl.load(unordered + slots, mask=mask, other=0)
     bin = tl.load(bins + own, mask=mask, other=0)
     start = tl.load(starts + bin, mask=mask, other=0)

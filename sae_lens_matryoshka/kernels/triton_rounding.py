@@ -1,5 +1,9 @@
 """Rounding that is the same on a GPU and in Triton's interpreter."""
 
+# Triton annotates what a kernel takes on the device, not what it is called with.
+# pyright: reportArgumentType=false
+
+import torch
 import triton
 import triton.language as tl
 
@@ -12,3 +16,15 @@ def rounded(x, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest, bits).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+def round_one(number: torch.Tensor) -> torch.Tensor:
+    """A float32 number (1,) as bfloat16: the least that a kernel can do."""
+    nearest = torch.empty_like(number, dtype=torch.bfloat16)
+    _round_one[(1,)](number, nearest)
+    return nearest
+
+
+@triton.jit
+def _round_one(number, nearest):
+    tl.store(nearest, rounded(tl.load(number), tl.bfloat16))

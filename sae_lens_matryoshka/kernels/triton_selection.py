@@ -3,9 +3,9 @@
 Scores are ranked by their keys: the bits of a non-negative float32, read as an integer, keep its
 order, and NaN comes before infinity. One pass over the pre-activations counts the scores above a
 floor, a little below the last step's cut, and a second one picks them as candidates, among which
-the cut is found. Where the floor was wrong (fewer candidates than codes to keep, or more than there
-is room for), kernels that otherwise return at once find the cut in the whole matrix, ten bits of
-the key at a time. The host launches the same kernels whatever the numbers are.
+the cut is found from histograms, ten bits of the key at a time. Where the floor was wrong (fewer
+candidates than codes to keep, or more than there is room for), kernels that otherwise return at
+once find the cut that way in the whole matrix. The host launches the same whatever the numbers are.
 """
 
 # Triton annotates what a kernel takes on the device, not what a launch takes.
@@ -24,7 +24,7 @@ from sae_lens_matryoshka.selection import Codes
 
 _SCORES = 1024  # of one row, that a program looks at at once
 _PROGRAMS = 2048  # fill a GPU; what returns at once costs the less, the fewer there are of it
-_ROOM = 4  # candidates there is room for, as a multiple of the codes to keep
+_ROOM = 16  # candidates there is room for, as a multiple of the codes to keep
 _DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, number of values) of a key's 31 bits
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,8 +40,8 @@ def select(
     """As `selection.select`, but for two things.
 
     Of scores that tie at the cut, those of the lowest rows, and in a row of the lowest latents, are
-    kept. There are always `n_keep` codes: where fewer scores are above 0, the others stand for the
-    last latent on the last row and have a score and a pre-activation of 0.
+    kept. There are always `n_keep` codes, of which the first `n_used` count. Only a tensor is taken
+    as a floor: what another implementation left as a number would have to be copied to the device.
     """
     product = x @ W_enc
     (n_rows, n_latents), device = product.shape, x.device
@@ -74,16 +74,15 @@ def select(
         limit = torch.zeros(1, dtype=torch.int32, device=device)
     wanted = torch.empty(1, dtype=torch.int64, device=device)
     is_wrong = torch.ones_like(limit)
-
     grid = (min(n_blocks, _PROGRAMS),)
+
     counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
     _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
     _judge_floor[(1,)](counts[0].sum(), limit, wanted, is_wrong, n_keep, room)
     for shift, n_values in _DIGITS:
-        histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
-        search = {"limit": limit, "wanted": wanted, "SHIFT": shift, "N_VALUES": n_values}
-        _histogram[grid](**matrix, **search, histogram=histogram, runs=is_wrong)
-        _narrow[(1,)](**search, histogram=histogram, runs=is_wrong)
+        search = _search(limit, wanted, is_wrong, shift, n_values)
+        _histogram[grid](**matrix, **search)
+        _narrow[(1,)](**search)
     _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
 
     keys = torch.zeros(room, dtype=torch.int32, device=device)
@@ -100,10 +99,18 @@ def select(
         candidates=candidates,
         room=room,
     )
-    cut = keys.topk(n_keep).values[-1:]
-    n_blocks = triton.cdiv(room, _SCORES)
+
+    cut, wanted = torch.zeros_like(limit), torch.full_like(wanted, n_keep)
+    always, n_blocks = torch.ones_like(limit), triton.cdiv(room, _SCORES)
+    for shift, n_values in _DIGITS:
+        search = _search(cut, wanted, always, shift, n_values)
+        _histogram_keys[(min(n_blocks, _PROGRAMS),)](
+            keys=keys, room=room, n_blocks=n_blocks, **search, SCORES=_SCORES
+        )
+        _narrow[(1,)](**search)
     counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
     _count_keys[(n_blocks,)](keys, counts, cut, room, n_blocks, _SCORES)
+    n_used = torch.empty((), dtype=torch.int64, device=device)
     _pick_codes[(n_blocks,)](
         keys,
         flat_places,
@@ -114,6 +121,7 @@ def select(
         places,
         scores,
         pre_acts,
+        n_used,
         room,
         n_blocks,
         n_keep,
@@ -122,7 +130,25 @@ def select(
         _DTYPES[score_dtype],
         _SCORES,
     )
-    return Codes(places[0], places[1], scores, pre_acts, cut.view(torch.float32)[0])
+    return Codes(places[0], places[1], scores, pre_acts, cut.view(torch.float32)[0], n_used)
+
+
+def _search(
+    limit: torch.Tensor, wanted: torch.Tensor, runs: torch.Tensor, shift: int, n_values: int
+) -> dict[str, Any]:
+    """Arguments of the kernels that find the next digit of the n-th largest key.
+
+    `limit` has the digits found so far. `wanted` is how many are still wanted among the keys that
+    share these: n at first, and −1 once it is known that fewer than n keys are above 0.
+    """
+    return {
+        "limit": limit,
+        "wanted": wanted,
+        "histogram": torch.zeros(n_values, dtype=torch.int64, device=limit.device),
+        "runs": runs,
+        "SHIFT": shift,
+        "N_VALUES": n_values,
+    }
 
 
 @triton.jit
@@ -206,6 +232,19 @@ def _judge_floor(n_above, limit, wanted, is_wrong, n_keep, room):
 
 
 @triton.jit
+def _digits(keys, found, SHIFT: tl.constexpr, N_VALUES: tl.constexpr):
+    """The histogram of the next digit of those keys that share the digits found so far."""
+    digits = keys >> SHIFT
+    shared = keys > 0
+    if SHIFT < 20:
+        shared &= digits // N_VALUES == found // N_VALUES
+    # the others are counted as zeros, and taken off again
+    n = tl.histogram(tl.where(shared, digits % N_VALUES, 0), N_VALUES)
+    n_others = tl.sum(tl.where(shared, 0, 1), 0)
+    return n - tl.where(tl.arange(0, N_VALUES) == 0, n_others, 0)
+
+
+@triton.jit
 def _histogram(
     product,
     b_enc,
@@ -224,19 +263,38 @@ def _histogram(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """How many keys that share the digits found so far have each value of the next digit."""
     if tl.load(runs) == 0:
         return
     found = tl.load(limit) >> SHIFT
+    n = tl.zeros((N_VALUES,), tl.int32)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         keys, _, _ = _keys_of(
             product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
         )
-        digits = keys >> SHIFT
-        shared = keys > 0
-        if SHIFT < 20:
-            shared &= digits // N_VALUES == found // N_VALUES
-        tl.atomic_add(histogram + digits % N_VALUES, 1, mask=shared, sem="relaxed")
+        n += _digits(keys, found, SHIFT, N_VALUES)
+    tl.atomic_add(histogram + tl.arange(0, N_VALUES), n.to(tl.int64), mask=n > 0, sem="relaxed")
+
+
+@triton.jit
+def _histogram_keys(
+    keys,
+    room,
+    n_blocks,
+    limit,
+    wanted,
+    histogram,
+    runs,
+    SHIFT: tl.constexpr,
+    N_VALUES: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    found = tl.load(limit) >> SHIFT
+    n = tl.zeros((N_VALUES,), tl.int32)
+    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+        slots = block * SCORES + tl.arange(0, SCORES)
+        own = tl.load(keys + slots, mask=slots < room, other=0)
+        n += _digits(own, found, SHIFT, N_VALUES)
+    tl.atomic_add(histogram + tl.arange(0, N_VALUES), n.to(tl.int64), mask=n > 0, sem="relaxed")
 
 
 @triton.jit
@@ -334,6 +392,7 @@ def _pick_codes(
     places,
     scores,
     pre_acts,
+    n_used,
     room,
     n_blocks,
     n_keep,
@@ -356,8 +415,10 @@ def _pick_codes(
     tl.store(pre_acts + slots, values, mask=picked)
 
     # there is room for more candidates than codes, so some program looks after each unused slot
-    n_used = tl.where(cut > 0, n_keep, tl.load(sums + n_blocks - 1))
-    unused = (own_slots >= n_used) & (own_slots < n_keep)
+    used = tl.where(cut > 0, n_keep, tl.load(sums + n_blocks - 1))
+    if block == 0:
+        tl.store(n_used, used)
+    unused = (own_slots >= used) & (own_slots < n_keep)
     nothing = tl.zeros_like(own)
     tl.store(places + own_slots, (nothing + n_rows - 1).to(tl.int64), mask=unused)
     tl.store(places + n_keep + own_slots, (nothing + n_latents - 1).to(tl.int64), mask=unused)

@@ -21,7 +21,7 @@ from sae_lens_matryoshka.options import StopGradient
 # Elements of weight rows that a program has in flight: enough loads at once to hide their latency,
 # few enough to stay in registers.
 _TILE = 4096
-_WIDEST_BLOCK = 512  # elements of a row that one program of `residuals` and `sum_by_latent` handles
+_WIDEST_BLOCK = 512  # elements of a row that a program handles at once
 
 
 def residuals(
@@ -68,33 +68,43 @@ def gradients(
     W_dec: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `eager.gradients`: each row's mix of residuals is made once, and met by its codes."""
-    batch_size, n_levels, d_in = residuals.shape
-    width = triton.next_power_of_2(d_in)
-    mixed = torch.empty_like(residuals, dtype=W_dec.dtype)
-    grad_acts = torch.empty(len(layout.latents), dtype=W_dec.dtype, device=W_dec.device)
-    _gradients[(batch_size,)](
+    """As `eager.gradients`: one kernel mixes the residuals, one meets the mixes with the codes."""
+    (batch_size, n_levels, d_in), n = residuals.shape, len(layout.latents)
+    width, n_codes = _tile(d_in)
+    n_blocks = triton.cdiv(d_in, width)
+    scales = scales.float()
+    mixed = torch.empty(batch_size * n_levels, d_in, dtype=W_dec.dtype, device=W_dec.device)
+    _mix[(batch_size * n_blocks,)](
         residuals,
-        scales.float(),
+        scales,
         grad_sae_out.contiguous() if grad_sae_out is not None else residuals,
-        W_dec.contiguous(),
-        layout.latents,
-        layout.bag_starts,
         mixed,
-        grad_acts,
         d_in,
+        n_blocks,
         n_levels,
         grad_sae_out is not None,
         stop_gradient == "none",
         stop_gradient == "inner",
         width,
-        max(1, _TILE // width),
-        num_warps=_warps(width),
     )
-    by_level = mixed[:, :1].sum(0) if stop_gradient == "none" else mixed.sum(0)
-    if stop_gradient == "inner":  # the outermost level's residual is in every other one
-        by_level[:-1] -= by_level[-1:].clone()
-    return mixed.flatten(0, 1), grad_acts, by_level.sum(0)
+    grad_acts = torch.zeros(n, dtype=W_dec.dtype, device=W_dec.device)
+    if n > 0:
+        _dot[(triton.cdiv(n, n_codes),)](
+            mixed,
+            W_dec.contiguous(),
+            layout.bags,
+            layout.latents,
+            layout.bag_starts,
+            grad_acts,
+            d_in,
+            batch_size * n_levels,
+            width,
+            n_codes,
+        )
+    grad_b_dec = (residuals.sum(0, dtype=torch.float32) * scales[:, None]).sum(0)
+    if grad_sae_out is not None:
+        grad_b_dec += grad_sae_out.sum(0, dtype=torch.float32)
+    return mixed, grad_acts, grad_b_dec.to(W_dec.dtype)
 
 
 def sum_by_latent(
@@ -126,10 +136,6 @@ def _tile(d: int) -> tuple[int, int]:
     """Elements of a row, and codes, that a program handles at once."""
     width = min(_WIDEST_BLOCK, triton.next_power_of_2(d))
     return width, _TILE // width
-
-
-def _warps(width: int) -> int:
-    return 4 if width <= _TILE // 2 else 8
 
 
 @triton.jit
@@ -181,50 +187,64 @@ def _residuals(
 
 
 @triton.jit
-def _gradients(
+def _mix(
     residuals,
     scales,
     grad_sae_out,
-    W_dec,
-    latents,
-    bag_starts,
     mixed,
-    grad_acts,
     d_in,
+    n_blocks,
     n_levels,
     HAS_GRAD_OUT: tl.constexpr,
     IS_SUMMED: tl.constexpr,
     ADDS_OUTERMOST: tl.constexpr,
     WIDTH: tl.constexpr,
-    CODES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
+    program = tl.program_id(0)
+    row = (program // n_blocks).to(tl.int64)
+    columns = (program % n_blocks) * WIDTH + tl.arange(0, WIDTH)
     mask = columns < d_in
     carried = tl.zeros((WIDTH,), tl.float32)
     if HAS_GRAD_OUT:
         carried += tl.load(grad_sae_out + row * d_in + columns, mask=mask, other=0.0).to(tl.float32)
     for depth in range(n_levels):
         level = n_levels - 1 - depth
-        bag = row * n_levels + level
-        mix = tl.load(residuals + bag * d_in + columns, mask=mask, other=0.0).to(tl.float32)
+        places = (row * n_levels + level) * d_in + columns
+        mix = tl.load(residuals + places, mask=mask, other=0.0).to(tl.float32)
         mix = mix * tl.load(scales + level) + carried
-        tl.store(mixed + bag * d_in + columns, rounded(mix, mixed.dtype.element_ty), mask=mask)
+        tl.store(mixed + places, rounded(mix, mixed.dtype.element_ty), mask=mask)
         if IS_SUMMED:
             carried = mix
         elif ADDS_OUTERMOST:
             carried = tl.where(depth == 0, mix, carried)
         else:
             carried = tl.zeros_like(mix)
-        start = tl.load(bag_starts + bag)
-        end = tl.load(bag_starts + bag + 1)
-        for first in range(start, end, CODES):
-            codes = first + tl.arange(0, CODES)
-            own = codes < end
-            latent = tl.load(latents + codes, mask=own, other=0)
-            rows = _gather(W_dec, latent, own, d_in, columns, mask)
-            dots = tl.sum(mix[None, :] * rows, 1)
-            tl.store(grad_acts + codes, rounded(dots, grad_acts.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def _dot(
+    mixed,
+    W_dec,
+    bags,
+    latents,
+    bag_starts,
+    grad_acts,
+    d_in,
+    n_bags,
+    WIDTH: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
+    own = codes < tl.load(bag_starts + n_bags)
+    bag = tl.load(bags + codes, mask=own, other=0)
+    latent = tl.load(latents + codes, mask=own, other=0)
+    dots = tl.zeros((CODES,), tl.float32)
+    for first in range(0, d_in, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        mask = columns < d_in
+        mix = _gather(mixed, bag, own, d_in, columns, mask)
+        dots += tl.sum(mix * _gather(W_dec, latent, own, d_in, columns, mask), 1)
+    tl.store(grad_acts + codes, rounded(dots, grad_acts.dtype.element_ty), mask=own)
 
 
 @triton.jit
