@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from measuring import DoesNotFit, build, free_memory, measure_times, spread, turns_of
 from precisions import FLOAT32, TF32, Precision, precisions
-from presets import WARM_UP, Job, milliseconds, shape
+from presets import WARM_UP, Job, milliseconds, shape, warning
 from tqdm.auto import tqdm
 
 BASE = {"d_in": 768, "d_sae": 32768, "batch_size": 4096}
@@ -134,24 +134,34 @@ def report(record: dict[str, Any]) -> str:
     """The command, a table for each axis, and the conditions, as Markdown."""
     tables = [table(axis, measured) for axis, measured in record["axes"].items()]
     conditions = ", ".join(f"{k} {v}" for k, v in record["conditions"].items())
-    return "\n".join([f"`{record['command']}`", *tables, conditions, ""])
+    return "\n".join([f"`{record['command']}`", *warning(record), *tables, conditions, ""])
+
+
+def _base(facts: dict[str, Any]) -> str:
+    sizes = {name: size // facts["shrink"] for name, size in BASE.items()}
+    return (
+        f"d_in {sizes['d_in']}, and where nothing else is said d_sae {sizes['d_sae']}, {N_LEVELS} "
+        f"levels, k {K}, batch {sizes['batch_size']}"
+    )
 
 
 def plot(record: dict[str, Any]) -> Figure:
     """A panel for each axis: milliseconds of a full step, median, 10th to 90th percentile."""
     figure = Figure(figsize=(11, 8), layout="constrained")
+    facts = record["conditions"]
+    figure.suptitle(f"Full step on {facts['processor']}, {facts['precision']}: {_base(facts)}")
     panels = figure.subplots(2, 2).flat
     for panel, (axis, measured) in zip(panels, record["axes"].items(), strict=False):
         for name in measured[0]["steps"]:
             fitting = [point for point in measured if point["steps"][name] is not None]
             sizes = [point["size"] for point in fitting]
             low, middle, high = (
-                [1e3 * point["steps"][name][figure] for point in fitting]
-                for figure in ("p10", "median", "p90")
+                [1e3 * point["steps"][name][quantile] for point in fitting]
+                for quantile in ("p10", "median", "p90")
             )
             (line,) = panel.plot(sizes, middle, marker="o", markersize=4, label=name)
             panel.fill_between(sizes, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        panel.set(xlabel=axis, ylabel="full step, ms", yscale="log")
+        panel.set(xlabel=axis, ylabel="full step, ms (log)", yscale="log")
         panel.yaxis.set_major_formatter(LogFormatter())
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if axis != "levels":

@@ -60,6 +60,7 @@ class Job:
             "n_dead": self.n_dead,
             "device": self.device,
             "rounds": self.rounds,
+            "shrink": self.shrink,
             "threads": self.threads,
             **records.machine(self.device),
             **records.gpu(self.device),
@@ -197,4 +198,18 @@ def report(record: dict[str, Any]) -> str:
     tables = [table(title, section) for title, section in record["precisions"].items()]
     conditions = ", ".join(f"{k} {v}" for k, v in record["conditions"].items())
     base = f"×: {SAELENS} divided by the row, in the same precision."
-    return "\n".join([f"`{record['command']}`", "", base, *tables, conditions, ""])
+    return "\n".join(
+        [f"`{record['command']}`", "", base, *warning(record), *tables, conditions, ""]
+    )
+
+
+def warning(record: dict[str, Any]) -> list[str]:
+    """What to say of a trial on small shapes."""
+    shrink = record["conditions"]["shrink"]
+    if shrink == 1:
+        return []
+    return [
+        "",
+        f"**A trial of the command**: d_in, d_sae and batch are divided by {shrink}, k is not. "
+        "These times say nothing about the real shapes.",
+    ]

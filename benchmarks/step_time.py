@@ -26,7 +26,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import growth
 import presets
@@ -80,7 +80,7 @@ class Preset:
     """Shapes and precisions that are set; of the options above only those that say where and how
     long: n_dead, threads, device, rounds and out."""
 
-    preset: Literal["gemma", "gpt2", "sweep"] | None = None  # gemma, gpt2, sweep (and OUT.png)
+    preset: str | None = None  # gemma, gpt2, or sweep (which also writes OUT.png)
     shrink: int = 1  # divide d_in, d_sae and batch by this, to try a preset on a small machine
 
 
@@ -224,6 +224,8 @@ def _preset_problem(options: Options, preset: Preset) -> str | None:
         return f"--shrink {preset.shrink}: accepted are 1 to {LARGEST_SHRINK}"
     if options.rounds is not None and options.rounds < 1:
         return f"--rounds {options.rounds}: accepted are 1 and more"
+    if preset.preset not in (None, "sweep", *presets.PRESETS):
+        return f"--preset {preset.preset}: accepted are {', '.join(presets.PRESETS)} and sweep"
     if preset.preset is None:
         return "--shrink needs a --preset" if preset.shrink != 1 else None
     fixed = ("d_in", "d_sae", "batch_size", "k", "dtype", "autocast", "variants", "memory_of")
@@ -234,7 +236,8 @@ def _preset_problem(options: Options, preset: Preset) -> str | None:
 
 
 def run_preset(options: Options, preset: Preset) -> None:
-    flags = ["--preset", str(preset.preset)]
+    assert preset.preset is not None
+    flags = ["--preset", preset.preset]
     if preset.shrink != 1:
         flags += ["--shrink", str(preset.shrink)]
     job = presets.Job(
@@ -249,7 +252,7 @@ def run_preset(options: Options, preset: Preset) -> None:
     if preset.preset == "sweep":
         growth.run(job)
     else:
-        presets.run(str(preset.preset), job)
+        presets.run(preset.preset, job)
 
 
 def run_table(options: Options) -> None:

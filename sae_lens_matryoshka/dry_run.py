@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.constants import DTYPE_MAP
 
 from sae_lens_matryoshka.files import check_writable
+from sae_lens_matryoshka.kernels.choice import kernels_for
 from sae_lens_matryoshka.places import check_place, short_model_name
 
 _TOLD = ("d_in", "d_sae", "device", "metadata")
@@ -59,6 +62,8 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     widths = getattr(cfg.sae, "matryoshka_widths", None)
     if widths:
         lines.append(f"levels of {', '.join(map(str, widths))} latents")
+    if hasattr(cfg.sae, "implementation"):
+        lines.append(_describe_implementation(cfg.sae, torch.device(cfg.device)))
     d_in, d_sae = cfg.sae.d_in, cfg.sae.d_sae
     n_parameters = 2 * d_in * d_sae + d_in + d_sae
     steps = cfg.training_tokens // cfg.train_batch_size_tokens
@@ -67,6 +72,16 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         f"{n_parameters * _BYTES / 2**30:.1f} GiB with gradients and Adam's moments in float32"
     )
     return "\n".join(lines)
+
+
+def _describe_implementation(sae: Any, device: torch.device) -> str:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return f"{device}: not on this machine, where PyTorch finds no CUDA device"
+    kernels = None
+    if not sae.normalizes_per_row:
+        kernels = kernels_for(sae.implementation, device, DTYPE_MAP[sae.dtype])
+    implementation = "reference" if kernels is None else kernels.implementation
+    return f"implementation {implementation!r} on {device}"
 
 
 def _check_dataset(name: str) -> None:

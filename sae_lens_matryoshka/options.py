@@ -156,7 +156,7 @@ class NestedOptions:
         if lack is not None:
             raise ValueError(
                 f"implementation='triton' is not accepted on this machine, because {lack}: give "
-                "'auto', 'sparse' or 'reference'."
+                "'auto', 'sparse' or 'reference' (in cfg.json, for another machine's checkpoint)."
             )
         if DTYPE_MAP[self.dtype] not in TRITON_DTYPES:
             raise ValueError(

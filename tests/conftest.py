@@ -38,3 +38,8 @@ def hub() -> Iterator[LoopbackHub]:
     HUB.reset()
     yield HUB
     HUB.reset()
+
+
+def pytest_report_header() -> str:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
+    return f"kernels (-m gpu): on {where}"

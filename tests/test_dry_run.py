@@ -23,7 +23,10 @@ def dry_run(*words: str) -> int:
     return cli.main(["train", str(CONFIGS / "gemma-2-2b.yaml"), "--dry-run", *words])
 
 
-def test_tells_what_would_run(capsys: Capture, tmp_path: Path) -> None:
+def test_tells_what_would_run(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert dry_run() == 0
     # 2·2304·65536 + 2304 + 65536 parameters, 16 bytes each; 500M tokens in batches of 2,048
     assert capsys.readouterr().out.splitlines() == [
@@ -31,10 +34,31 @@ def test_tells_what_would_run(capsys: Capture, tmp_path: Path) -> None:
         "monology/pile-uncopyrighted: a name of the Hub, not looked up",
         "matryoshka, normalize_activations='expected_average_only_in', k=40",
         "levels of 2048, 6144, 14336, 30720, 65536 latents",
+        "cuda: not on this machine, where PyTorch finds no CUDA device",
         "244,140 steps of 2,048 tokens; 302,057,728 parameters, 4.5 GiB with gradients and Adam's "
         "moments in float32",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "implementation"),
+    [
+        ([], "sparse"),
+        (["--sae.implementation", "triton"], "triton"),
+        (["--sae.implementation", "reference"], "reference"),
+        (
+            ["--sae.normalize_activations", "layer_norm", "--sae.aux_loss_coefficient", "0"],
+            "reference",
+        ),
+    ],
+)
+def test_tells_which_implementation_runs(
+    words: list[str], implementation: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dry_run("--device", "cpu", *words) == 0
+    assert f"implementation '{implementation}' on cpu" in capsys.readouterr().out.splitlines()
 
 
 def test_tells_what_it_can_not_check(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

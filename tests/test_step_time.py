@@ -125,6 +125,7 @@ def test_preset_writes_every_contestant_and_the_floor(tmp_path: Path) -> None:
     [
         (["--device", "cuda", "--preset", "gemma"], r"--device cuda: .*no CUDA.*accepted.*: cpu$"),
         (["--preset", "gpt2", "--d_in", "3"], r"--preset gpt2 leaves no choice of --d_in$"),
+        (["--preset", "pythia"], r"--preset pythia: accepted are gemma, gpt2 and sweep$"),
         (["--preset", "gpt2", "--shrink", "65"], r"--shrink 65: accepted are 1 to 64$"),
     ],
 )

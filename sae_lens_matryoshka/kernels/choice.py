@@ -24,6 +24,7 @@ from sae_lens_matryoshka.triton_support import TRITON_DTYPES, interprets_triton,
 class Kernels(NamedTuple):
     """Who computes what; each function is described where PyTorch computes it."""
 
+    implementation: Implementation
     select: Callable[..., Codes]
     order: Callable[..., tuple[Codes, Layout]]
     residuals: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -31,7 +32,9 @@ class Kernels(NamedTuple):
     sum_by_latent: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-EAGER = Kernels(select, eager.order, eager.residuals, eager.gradients, eager.sum_by_latent)
+EAGER = Kernels(
+    "sparse", select, eager.order, eager.residuals, eager.gradients, eager.sum_by_latent
+)
 
 
 def kernels_for(
@@ -92,7 +95,7 @@ def _triton() -> Kernels:
         triton_sums.gradients,
         triton_sums.sum_by_latent,
     )
-    return Kernels(*map(_on_its_device, functions))
+    return Kernels("triton", *map(_on_its_device, functions))
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
