@@ -49,6 +49,6 @@ def test_compiles(capability: int, d_in: int, d_sae: int, dtype: str, autocast: 
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["kernel"] for record in records} == KERNELS
     for record in records:
-        assert record["stack"] <= 16, "registers are spilled to memory"
+        assert record["stack"] <= 8, "more than two registers are spilled to memory"
         assert record["registers"] <= 192, "only two programs of 128 threads fit on an SM"
         assert record["shared"] <= 48 * 1024, "more than every GPU gives to a program"
