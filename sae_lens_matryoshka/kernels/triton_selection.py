@@ -37,7 +37,7 @@ def select(
     n_keep: int,
     floor: torch.Tensor | float | None,
 ) -> Codes:
-    """As `selection.select`, but for two things.
+    """As `selection.select`, but for three things.
 
     Of scores that tie at the cut, those of the lowest rows, and in a row of the lowest latents, are
     kept. There are always `n_keep` codes, of which the first `n_used` count. Only a tensor is taken
