@@ -39,7 +39,9 @@ def residuals(
     n_blocks = triton.cdiv(d_in, width)
     left = torch.empty(batch_size, n_levels, d_in, dtype=dtype, device=target.device)
     sae_out = torch.empty(batch_size, d_in, dtype=dtype, device=target.device)
-    squares = torch.empty(n_levels, batch_size * n_blocks, device=target.device)
+    squares = torch.empty(
+        n_levels, batch_size * n_blocks, dtype=torch.float32, device=target.device
+    )
     _residuals[(batch_size * n_blocks,)](
         acts,
         W_dec.contiguous(),
