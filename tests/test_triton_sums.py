@@ -18,7 +18,7 @@ from tests.devices import DEVICE
 pytestmark = pytest.mark.gpu
 
 WIDTHS = (3, 7, 12)
-# inputs are the same on both sides, and results round once: bfloat16's at 2^-9 of their size
+# inputs are the same on both sides, and results round once: bfloat16's at 2^-8 of their size
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -59,9 +59,11 @@ cases = st.builds(
 )
 
 
-def assert_close(actual: tuple[torch.Tensor, ...], expected: Any, dtype: torch.dtype) -> None:
+def assert_close(
+    actual: tuple[torch.Tensor, ...], expected: Any, dtype: torch.dtype, size_of_terms: float = 1.0
+) -> None:
     # terms may cancel: rounding is measured on the scale of what was summed
-    scale = max(1.0, *(twin.norm().item() for twin in expected))
+    scale = max(size_of_terms, *(twin.norm().item() for twin in expected))
     for ours, twin in zip(actual, expected, strict=True):
         assert ours.dtype == dtype
         assert ours.shape == twin.shape
@@ -94,7 +96,12 @@ def test_gradients(case: Case, stop_gradient: Any, has_grad_out: bool) -> None:
     actual = triton_sums.gradients(
         case.residuals, case.scales, grad_out, stop_gradient, case.W_dec, case.layout
     )
-    assert_close(actual, expected, case.W_dec.dtype)
+    assert_close(actual[::2], expected[::2], case.W_dec.dtype)
+    # the mixes are rounded before the codes meet them, and what comes of it is once more
+    mixes = expected[0][case.layout.bags.long()].norm(dim=1)
+    rows = case.W_dec.double()[case.layout.latents.long()].norm(dim=1)
+    terms = 2 * (mixes * rows).norm().item()
+    assert_close(actual[1:2], expected[1:2], case.W_dec.dtype, max(1.0, terms))
 
 
 @given(case=cases)
