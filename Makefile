@@ -15,7 +15,7 @@ test-plain: .venv-plain/installed .peers/installed
 
 # What the extra `eval` brings.
 test-evals: .venv/installed-dev
-	.venv/bin/python -m pytest tests/evals
+	.venv/bin/python -m pytest tests/saebench
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -22,7 +22,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.options import Implementation
+from sae_lens_matryoshka.training.options import Implementation
 
 ONE_LEVEL = ", one level"
 OURS, OURS_FLAT, REFERENCE = "ours", f"ours{ONE_LEVEL}", "ours, reference"

@@ -27,14 +27,14 @@ from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.levels import levels
-from sae_lens_matryoshka.prefixes import paper_widths
+from sae_lens_matryoshka.levels.slicing import levels
 from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, Benchmark
 from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
 from sae_lens_matryoshka.synthetic.runs import read_runs, run_folder
 from sae_lens_matryoshka.synthetic.scores import score
 from sae_lens_matryoshka.synthetic.training import train_pass
 from sae_lens_matryoshka.synthetic.variants import Variant
+from sae_lens_matryoshka.training.prefixes import paper_widths
 
 ONE = "one Matryoshka SAE"
 SCORES = {"f1": "F1", "mcc": "MCC", "absorption": "absorption", "explained_variance": "var. expl."}

@@ -12,7 +12,7 @@ from typing import Any
 import sae_lens
 import torch
 
-from sae_lens_matryoshka.files import whole_file
+from sae_lens_matryoshka.util.files import atomic_file
 
 
 def save(out: str | None, text: str, record: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ def save(out: str | None, text: str, record: dict[str, Any]) -> None:
     for ending, content in ((".md", text), (".json", json.dumps(record, indent=2) + "\n")):
         path = Path(out + ending)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
+        with atomic_file(path) as unfinished:
             unfinished.write_text(content)
 
 

@@ -51,9 +51,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo import run as demo
 from sae_lens_matryoshka.demo.corpus import texts
-from sae_lens_matryoshka.files import check_writable
-from sae_lens_matryoshka.prefixes import paper_widths
-from sae_lens_matryoshka.run_config import load_run_config
+from sae_lens_matryoshka.runs.config import load_run_config
+from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.util.files import check_writable
 
 OURS, SAELENS, SAELENS_FLAT = "ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"
 CONTESTANTS = (OURS, SAELENS, SAELENS_FLAT)

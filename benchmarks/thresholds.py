@@ -32,7 +32,7 @@ from typing_extensions import override
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, N_EVAL_BATCHES, run_config
 from sae_lens_matryoshka.demo.run import write_model_and_texts
-from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 
 STEPS = (10, 30, 100, 300, 1000, 1200, 1500)
 RUNS: list[dict[str, Any]] = [

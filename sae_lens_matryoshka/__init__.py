@@ -4,20 +4,20 @@ Importing this package registers the training architectures `"matryoshka"`, `"ma
 `"matryoshka_jumprelu"`.
 """
 
-from sae_lens_matryoshka.config import (
+from sae_lens_matryoshka.hub.load import load_sae
+from sae_lens_matryoshka.levels.slicing import decode_levels, truncate, widths_of
+from sae_lens_matryoshka.training.batchtopk import MatryoshkaTrainingSAE
+from sae_lens_matryoshka.training.config import (
     MatryoshkaJumpReLUTrainingSAEConfig,
     MatryoshkaTopKTrainingSAEConfig,
     MatryoshkaTrainingSAEConfig,
 )
-from sae_lens_matryoshka.dense_training_saes import (
+from sae_lens_matryoshka.training.registration import register
+from sae_lens_matryoshka.training.thresholds import calibrate_threshold
+from sae_lens_matryoshka.training.topk import (
     MatryoshkaJumpReLUTrainingSAE,
     MatryoshkaTopKTrainingSAE,
 )
-from sae_lens_matryoshka.hub import load_sae
-from sae_lens_matryoshka.levels import decode_levels, truncate, widths_of
-from sae_lens_matryoshka.registration import register
-from sae_lens_matryoshka.thresholds import calibrate_threshold
-from sae_lens_matryoshka.training_sae import MatryoshkaTrainingSAE
 
 __version__ = "0.1.0"
 __all__ = [

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sae_lens_matryoshka.demo.compare import EVALUATIONS, SAEBENCH
-from sae_lens_matryoshka.evals.saebench import EVALUATIONS as DESCRIPTIONS
+from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS as DESCRIPTIONS
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COMMAND = [sys.executable, "-m", "sae_lens_matryoshka"]

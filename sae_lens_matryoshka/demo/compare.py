@@ -28,18 +28,18 @@ from sae_lens.load_model import load_model
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
-from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.corpus import documents
 from sae_lens_matryoshka.demo.nesting import describe, families
 from sae_lens_matryoshka.demo.report import Reading, Row, draw_levels, table
 from sae_lens_matryoshka.demo.run import HELD_OUT_SEED
-from sae_lens_matryoshka.evals.level_stats import LevelStats, measure_levels_in_model
-from sae_lens_matryoshka.evals.saebench import is_installed
-from sae_lens_matryoshka.evals.suite import plan_suite, run_suite
-from sae_lens_matryoshka.evals.suite_report import write_report
-from sae_lens_matryoshka.hub import load_sae
-from sae_lens_matryoshka.levels import decode_levels, set_widths, widths_of
-from sae_lens_matryoshka.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.hub.load import load_sae
+from sae_lens_matryoshka.levels.slicing import decode_levels, set_widths, widths_of
+from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels_in_model
+from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.saebench.evaluations import is_installed
+from sae_lens_matryoshka.saebench.report import write_report
+from sae_lens_matryoshka.saebench.suite import plan_suite, run_suite
+from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8

@@ -1,1 +1,1 @@
-"""The sparse arithmetic of a step: in PyTorch, and as Triton kernels."""
+"""The sparse arithmetic of a step, in PyTorch and as Triton kernels."""

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from sae_lens import SAE
 from sae_lens.util import cosine_similarities
 
-from sae_lens_matryoshka.files import whole_file
 from sae_lens_matryoshka.synthetic.models import TOY, Benchmark, parents_of
 from sae_lens_matryoshka.synthetic.runs import Run, run_folder
 from sae_lens_matryoshka.synthetic.scores import match
+from sae_lens_matryoshka.util.files import atomic_file
 
 # Score → title and digits, in the order of the table.
 _COLUMNS = {
@@ -76,9 +76,9 @@ def write_report(
     spreads = {name: summarize(group) for name, group in by_variant.items()}
     text = table(spreads)
     files = ["table.md", "scores.csv", "summary.json", "scores.png"]
-    with whole_file(out / "scores.csv") as path:
+    with atomic_file(out / "scores.csv") as path:
         _write_csv(path, [run for group in by_variant.values() for run in group])
-    with whole_file(out / "summary.json") as path:
+    with atomic_file(out / "summary.json") as path:
         summary = {
             "benchmark": benchmark.name,
             "variants": {
@@ -92,13 +92,13 @@ def write_report(
             },
         }
         path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    with whole_file(out / "table.md") as path:
+    with atomic_file(out / "table.md") as path:
         path.write_text(text + "\n")
-    with whole_file(out / "scores.png") as path:
+    with atomic_file(out / "scores.png") as path:
         _draw_scores(path, spreads)
     if benchmark.name == TOY.name:
         seed = min(run.seed for run in runs)
-        with whole_file(out / "decoder_cosines.png") as path:
+        with atomic_file(out / "decoder_cosines.png") as path:
             _draw_cosines(
                 path, out, [v for v in by_variant if run_folder(out, v, seed).exists()], seed
             )

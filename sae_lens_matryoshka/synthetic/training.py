@@ -16,13 +16,13 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_matryoshka.files import whole_folder
-from sae_lens_matryoshka.options import NestedOptions
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
 from sae_lens_matryoshka.synthetic.runs import SCORES_FILE, run_folder, settings_of, versions
 from sae_lens_matryoshka.synthetic.scores import score
 from sae_lens_matryoshka.synthetic.variants import Variant
+from sae_lens_matryoshka.training.options import NestedOptions
+from sae_lens_matryoshka.util.files import atomic_folder
 
 _SHARE_OF_L0 = 10  # the last tenth of the steps
 
@@ -71,7 +71,7 @@ def train_pass(
         on_step(len(trainers))
     with ExitStack() as unfinished:
         folders = [
-            unfinished.enter_context(whole_folder(run_folder(out, variant.name, seed)))
+            unfinished.enter_context(atomic_folder(run_folder(out, variant.name, seed)))
             for variant in variants
         ]
         saved = [

@@ -11,9 +11,9 @@ import yaml
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_matryoshka.config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.run_config import _value, unknown_field
+from sae_lens_matryoshka.runs.config import _value, unknown_field
 from sae_lens_matryoshka.synthetic.models import Benchmark
+from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 
 LEVELS = "levels"
 RECOMMENDED = "recommended"

@@ -1,1 +1,0 @@
-"""Per-level metrics of a trained SAE, with tables and plots."""

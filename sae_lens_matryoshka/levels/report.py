@@ -1,0 +1,101 @@
+"""The levels of an SAE as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sae_lens_matryoshka.levels.stats import LevelStats
+from sae_lens_matryoshka.util.files import atomic_file
+
+_COLUMNS = {
+    "width": ("width", "d"),
+    "n_added": ("latents added", "d"),
+    "l0": ("L0", ".2f"),
+    "explained_variance": ("variance explained", ".3f"),
+    "ce_recovered": ("CE loss recovered", ".3f"),
+    "n_dead": ("dead latents", "d"),
+    "max_cosine": ("mean max decoder cosine", ".3f"),
+    "decoder_norm": ("decoder norm", ".3f"),
+}
+
+
+def level_table(rows: Sequence[LevelStats]) -> str:
+    """The levels as a Markdown table, with the columns that were measured."""
+    columns = {
+        name: column
+        for name, column in _COLUMNS.items()
+        if any(getattr(row, name) is not None for row in rows)
+    }
+    lines = [
+        "| " + " | ".join(title for title, _ in columns.values()) + " |",
+        "|" + "---:|" * len(columns),
+    ]
+    for row in rows:
+        cells = [
+            "" if (value := getattr(row, name)) is None else format(value, spec)
+            for name, (_, spec) in columns.items()
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def level_note(rows: Sequence[LevelStats], data: str) -> str:
+    """A sentence on what the levels were measured on, to stand below the table.
+
+    Args:
+        rows: What `level_table` shows.
+        data: What the activations are of.
+    """
+    last = rows[-1]
+    if last.n_tokens is None:
+        return "From the weights alone; L0 and variance explained were not measured."
+    error = "" if last.l0_error is None else f", ± {last.l0_error:.2g} for the whole SAE"
+    return (
+        f"Measured on {last.n_tokens:,} tokens of {data}. L0 is the mean number of active latents "
+        f"per token of the SAE as it is saved{error} (standard error); a latent is dead if none of "
+        "these tokens activated it."
+    )
+
+
+def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None:
+    """Draw what was measured of the levels against their width, to a file that is whole or absent.
+
+    Args:
+        path: PNG, PDF or SVG file to write.
+        rows: Levels that were measured on activations.
+        title: Of the figure: which SAE it is.
+    """
+    curves = [
+        (name, label, spec)
+        for name, label, spec in (
+            ("l0", "L0", ".2f"),
+            ("explained_variance", "variance explained", ".3f"),
+            ("ce_recovered", "CE loss recovered", ".3f"),
+        )
+        if getattr(rows[-1], name) is not None
+    ]
+    figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
+    widths = [row.width for row in rows]
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (name, label, spec) in zip(axes, curves, strict=True):
+        values = [getattr(row, name) for row in rows]
+        axis.plot(widths, values, "o-", color="tab:orange")
+        for width, value in zip(widths, values, strict=True):
+            axis.annotate(
+                format(value, spec),
+                (width, value),
+                xytext=(0, -14),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+        axis.set(xscale="log", xlabel="width of the level (latents)", ylabel=label)
+        axis.set_xticks(widths, [str(width) for width in widths])
+        axis.minorticks_off()
+        axis.margins(0.12, 0.2)
+    figure.suptitle(title)
+    with atomic_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)

@@ -1,0 +1,1 @@
+"""A run from a YAML file: its config, its dry run, the resumable runner."""

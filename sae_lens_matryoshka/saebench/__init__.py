@@ -1,0 +1,1 @@
+"""The real SAEBench over levels, seeds and baselines (extra `eval`)."""

@@ -1,0 +1,178 @@
+"""The configs of this package's architectures, each option with its default and its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    SAEConfig,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig
+from typing_extensions import override
+
+from sae_lens_matryoshka.training.diagnosis import check_baseline
+from sae_lens_matryoshka.training.options import (
+    NestedOptions,
+    SparsitySchedule,
+    checked_count,
+    invalid_option,
+)
+
+
+@dataclass
+class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrainingSAEConfig):
+    """Options of a Matryoshka BatchTopK SAE (Bussmann et al., arXiv 2503.17547).
+
+    Every inherited field keeps SAELens' meaning: `k` (mean number of active latents per token, may
+    be fractional), `aux_loss_coefficient`, `rescale_acts_by_decoder_norm`, `topk_threshold_lr`,
+    `normalize_activations`, `decoder_init_norm`, `dtype` and the rest. `use_sparse_activations` is
+    ignored, as in SAELens' BatchTopK: `implementation` decides. The options of the nested objective
+    are described in `options.NestedOptions`, the schedule of k in `options.SparsitySchedule`.
+
+    Args:
+        use_matryoshka_aux_loss: Let the dead latents of each level reconstruct the error of their
+            own level, instead of the error of the whole SAE (SAELens).
+        topk_threshold_start_step: Step after which `topk_threshold` follows the cut, beginning with
+            the first cut it sees (dictionary_learning); left out, it follows from the first step
+            on, beginning with 0 (SAELens). The saved SAE's threshold is calibrated either way.
+        baseline_explained_variance: Variance explained of a BatchTopK SAE of this width and k,
+            above 0 and at most 1, if known: training warns if it ends up far below.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+
+    use_matryoshka_aux_loss: bool = False
+    topk_threshold_start_step: int | None = None
+    baseline_explained_variance: float | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "matryoshka"
+
+    @override
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        self.check_nested_options()
+        self.check_k(is_whole=False)
+        if self.topk_threshold_start_step is not None:
+            self.topk_threshold_start_step = checked_count(
+                "topk_threshold_start_step", self.topk_threshold_start_step, 0
+            )
+        if self.baseline_explained_variance is not None:
+            check_baseline("baseline_explained_variance", self.baseline_explained_variance)
+            self.baseline_explained_variance = float(self.baseline_explained_variance)
+            if self.is_sampled:
+                raise invalid_option(
+                    "baseline_explained_variance",
+                    self.baseline_explained_variance,
+                    "it only beside prefix_sampling='fixed': runs with sampled prefixes are not "
+                    "watched, `sae-matryoshka levels --diagnose` judges their SAE",
+                )
+        if self.normalizes_per_row:
+            _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
+        super().__post_init__()
+
+    @classmethod
+    def recommended(
+        cls, d_in: int, d_sae: int, k: float, n_steps: int, **options: Any
+    ) -> MatryoshkaTrainingSAEConfig:
+        """The options that found true features best on the small SynthSAEBench.
+
+        Levels are made of the most frequent latents, only the outermost level's loss reaches
+        further in, and k falls from twice its value over the first half of the run (all three are
+        among Chanin's variants on SynthSAEBench). docs/results/synthsaebench.md tells what this
+        gains, and on which data.
+
+        Args:
+            d_in: Width of the activations.
+            d_sae: Number of latents.
+            k: Mean number of active latents per activation.
+            n_steps: Training steps of the run.
+            options: Any other field of the config; those set here may be replaced.
+
+        Raises:
+            ValueError: naming the field, its value and what is accepted.
+        """
+        n_steps = checked_count("n_steps", n_steps, 2)
+        recipe: dict[str, Any] = {
+            "latent_order": "frequency",
+            "stop_gradient": "inner",
+            "k_start": min(2 * k, d_sae),
+            "k_anneal_steps": n_steps // 2,
+        }
+        if options.get("k_start", k) is None:
+            del recipe["k_anneal_steps"]
+        return cls(d_in=d_in, d_sae=d_sae, k=k, **{**recipe, **options})
+
+
+@dataclass
+class MatryoshkaTopKTrainingSAEConfig(NestedOptions, SparsitySchedule, TopKTrainingSAEConfig):
+    """Options of a Matryoshka TopK SAE: the nested objective on SAELens' TopK training SAE.
+
+    As `MatryoshkaTrainingSAEConfig`, with exactly `k` latents active on each token; a scheduled k
+    is rounded to an integer. Saved, it is a TopK SAE of SAELens.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "matryoshka_topk"
+
+    @override
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        self.check_nested_options()
+        self.check_k(is_whole=True)
+        if self.normalizes_per_row:
+            _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
+        super().__post_init__()
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+
+@dataclass
+class MatryoshkaJumpReLUTrainingSAEConfig(NestedOptions, JumpReLUTrainingSAEConfig):
+    """Options of a Matryoshka JumpReLU SAE, the sort of Gemma Scope 2.
+
+    The nested objective on SAELens' JumpReLU training SAE, whose sparsity loss is that of the whole
+    dictionary. `jumprelu_sparsity_loss_mode="quadratic"` with `target_l0` is Gemma Scope 2's.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "matryoshka_jumprelu"
+
+    @override
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        self.check_nested_options()
+        super().__post_init__()
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUSAEConfig
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPE_MAP:
+        raise invalid_option("dtype", dtype, f"one of {', '.join(DTYPE_MAP)}")
+
+
+def _check_no_auxiliary_loss(normalization: str, coefficient: float) -> None:
+    if coefficient != 0:
+        raise ValueError(
+            f"normalize_activations={normalization!r} is not accepted beside "
+            f"aux_loss_coefficient={coefficient}: SAELens' auxiliary loss takes 'none', "
+            "'expected_average_only_in' or 'covariance_whitening', or set aux_loss_coefficient=0."
+        )

@@ -1,0 +1,131 @@
+"""`sae-matryoshka synth`: its mistakes, its files, and what a second call does."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from sae_lens_matryoshka import cli
+from sae_lens_matryoshka.cli import synth as cli_synth
+from sae_lens_matryoshka.synthetic.models import TOY
+from sae_lens_matryoshka.synthetic.report import summarize, table
+from sae_lens_matryoshka.synthetic.runs import Run
+from sae_lens_matryoshka.synthetic.training import train_pass
+from sae_lens_matryoshka.synthetic.variants import plan_variants
+
+SHORT = replace(TOY, n_samples=20 * 64, batch_size=64, n_scoring_samples=2000)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_synth, "TOY", SHORT)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["toys"], "invalid choice: 'toys'"),
+        (["toy", "--scale", "full"], "--scale full is not accepted: toy has one size"),
+        (["toy", "--seeds", "0"], "'0' is not accepted: give how many"),
+        (["toy", "--seeds", "1,1"], "'1,1' is not accepted"),
+        (["toy", "--seeds", "a"], "'a' is not accepted"),
+        (["toy", "--seeds", "5000000000,"], "seed=5000000000 is not accepted"),
+        (["toy", "--samples", "10"], "samples=10 is not accepted: give at least a batch"),
+        (["toy", "--lr", "nan"], "lr=nan is not accepted"),
+        (["toy", "--k", "-1"], "k=-1.0 is not accepted"),
+        (["toy", "--k", "21"], "at most d_sae=20"),
+        (["toy", "--jobs", "0"], "jobs=0 is not accepted"),
+        (["toy", "--device", "abacus"], "device='abacus' is not accepted here"),
+        (["toy", "--variants", "l2"], "variant 'l2' is not accepted"),
+        (["toy", "--vary", "kk=1"], "kk is not a field"),
+        (["toy", "--out", f"{__file__}/x"], "can't be written to"),
+    ],
+)
+def test_mistakes(words, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_synth, "train_all", pytest.fail)
+    assert cli.main(["synth", "--out", str(tmp_path / "out"), *words]) == 2
+    answer = capsys.readouterr().err
+    assert answer.startswith("error: ")
+    assert answer.count("\n") == 1
+    assert told in answer
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds():
+    assert cli_synth._seeds("3") == [0, 1, 2]
+    assert cli_synth._seeds("0,3,7") == [0, 3, 7]
+    assert cli_synth._seeds("7,") == [7]
+
+
+@pytest.mark.usefixtures("short")
+def test_from_nothing_to_files(tmp_path, capsys, monkeypatch):
+    words = ["synth", "toy", "--out", str(tmp_path), "--variants", "batchtopk,matryoshka"]
+    words += ["--vary", "k=1,1.25"]
+    assert cli.main([*words, "--seeds", "2", "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().strip() in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "decoder_cosines.png",
+        "runs",
+        "scores.csv",
+        "scores.png",
+        "summary.json",
+        "table.md",
+    ]
+    names = ["batchtopk,k=1", "batchtopk,k=1.25", "matryoshka,k=1", "matryoshka,k=1.25"]
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (name, seed) for name in names for seed in "01"
+    ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    mccs = [float(row["mcc"]) for row in rows[:2]]
+    told = summary["variants"]["batchtopk,k=1"]
+    assert told["scores"]["mcc"]["mean"] == pytest.approx(sum(mccs) / 2)
+    assert told["scores"]["mcc"]["std"] == pytest.approx(abs(mccs[0] - mccs[1]) / 2**0.5)
+    assert told["seeds"] == [0, 1]
+    assert told["settings"]["sae"]["k"] == 1
+
+    # Again with another variant: only that one is lacking, and all are told of.
+    def train_here(benchmark, lacking, out, *, n_jobs, device):
+        assert {seed: [v.name for v in vs] for seed, vs in lacking.items()} == {0: ["l1"]}
+        train_pass(benchmark, lacking[0], 0, out, device)
+
+    monkeypatch.setattr(cli_synth, "train_all", train_here)
+    assert (
+        cli.main(["synth", "toy", "--out", str(tmp_path), "--variants", "l1", "--seeds", "1"]) == 0
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| variant",
+        "| l1",
+        *(f"| {name}" for name in names),
+    ]
+
+
+def test_the_processes_say_which_sae_diverged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_synth, "TOY", replace(SHORT, lr=1e30))
+    words = ["synth", "toy", "--out", str(tmp_path), "--variants", "matryoshka", "--seeds", "1"]
+    assert cli.main(words) == 2
+    assert "error: matryoshka: Training stopped at step" in capsys.readouterr().err
+
+
+def test_a_score_that_some_seeds_lack():
+    runs = [
+        Run("a", seed, {}, {"mcc": mcc, **extra}, 1.0, "cpu")
+        for seed, (mcc, extra) in enumerate([(0.5, {"absorption": 0.25}), (0.7, {})])
+    ]
+    spreads = summarize(runs)
+    assert spreads["absorption"] == (0.25, None, 1)
+    (row,) = (line for line in table({"a": spreads}).splitlines() if line.startswith("| a"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == "0.600 ± 0.141"
+    assert cells[4] == "0.250 (1 of 2)"
+    assert cells[-1] == "2"
+
+
+def test_plan_names_the_same_variants_as_the_benchmark():
+    assert [v.name for v in plan_variants(TOY, TOY.variants)] == ["l1", "batchtopk", "matryoshka"]

@@ -1,0 +1,117 @@
+"""Compiles every kernel for CUDA as a step launches it, on a machine that needs no GPU.
+
+`python -m tests.kernels.compiled_kernels CAPABILITY D_IN D_SAE DTYPE AUTOCAST` prints a line of
+JSON for each kernel: its name, registers of a thread, spilled bytes, shared memory in bytes. Not
+under TRITON_INTERPRET, with which kernels are no longer compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+from triton.runtime.jit import JITFunction
+
+from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
+from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.training.prefixes import level_table, paper_widths
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def source_of(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[ASTSource, dict]:
+    """The kernel specialised as a launch with these arguments specialises it, and its options."""
+    options = {"num_warps": kwargs.pop("num_warps", 4)}
+    named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        is_tensor = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or (not is_tensor and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _TYPES[value.dtype] if is_tensor else "i32"
+        if is_tensor or value % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def launches(
+    d_in: int, d_sae: int, dtype: torch.dtype, autocast: bool
+) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
+    """What one step launches, each kernel once for each way in which it is specialised."""
+    recorded: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+        recorded.append(
+            (kernel, args, {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")})
+        )
+
+    JITFunction.run = record  # type: ignore[method-assign]
+    batch_size, n = 64, 640
+    widths = paper_widths(d_sae)
+    x = torch.randn(batch_size, d_in, dtype=dtype)
+    W_dec = torch.randn(d_sae, d_in, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        selection_triton.select(x, W_dec.T, W_dec[:, 0].clone(), W_dec.norm(dim=-1), n, None)
+    latents = torch.arange(n) % d_sae
+    values = torch.rand(n, dtype=torch.float32 if autocast else dtype)
+    codes = Codes(torch.arange(n) // 10, latents, values, values, 0.0)
+    levels = level_table(tuple(widths), torch.device("cpu"))
+    _, layout = layout_triton.order(codes, batch_size, levels, len(widths), True)
+    residuals, losses, sae_out = sums_triton.residuals(values, W_dec, x[0], x, layout, len(widths))
+    for stop_gradient in ("none", "all", "inner"):
+        for grad_out in (None, sae_out):
+            sums_triton.gradients(residuals, losses, grad_out, stop_gradient, W_dec, layout)
+    sums_triton.sum_by_latent(x, layout.bags, values.to(dtype), layout)
+    return recorded
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack, which is where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert numbers is not None, said
+    return {"registers": int(numbers[1]), "stack": int(numbers[2])}
+
+
+def main(capability: int, d_in: int, d_sae: int, dtype: str, autocast: bool) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    seen = set()
+    for kernel, args, kwargs in launches(d_in, d_sae, getattr(torch, dtype), autocast):
+        source, options = source_of(kernel, args, kwargs)
+        key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_kernel(source, target=target, options=options)
+        record = {"kernel": kernel.__name__, "shared": compiled.metadata.shared}
+        record |= resources(compiled.asm["cubin"])
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    capability, d_in, d_sae, dtype, autocast = sys.argv[1:]
+    main(int(capability), int(d_in), int(d_sae), dtype, autocast == "True")

@@ -1,0 +1,54 @@
+"""Every kernel compiles for the GPUs it is meant for, by Triton's own compiler, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KERNELS = {
+    "_count",
+    "_count_keys",
+    "_dot",
+    "_histogram",
+    "_histogram_keys",
+    "_judge_floor",
+    "_mix",
+    "_narrow",
+    "_order_rows",
+    "_pick_candidates",
+    "_pick_codes",
+    "_place",
+    "_rank",
+    "_residuals",
+    "_sum_by_latent",
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "d_in", "d_sae", "dtype", "autocast"),
+    [
+        (90, 2304, 65536, "float32", False),
+        (90, 2304, 65536, "float32", True),
+        (80, 776, 1001, "bfloat16", False),  # nothing here is a multiple of 16
+    ],
+)
+def test_compiles(capability: int, d_in: int, d_sae: int, dtype: str, autocast: bool) -> None:
+    arguments = [str(value) for value in (capability, d_in, d_sae, dtype, autocast)]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.compiled_kernels", *arguments],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {record["kernel"] for record in records} == KERNELS
+    for record in records:
+        assert record["stack"] <= 8, "more than two registers are spilled to memory"
+        assert record["registers"] <= 192, "only two programs of 128 threads fit on an SM"
+        assert record["shared"] <= 48 * 1024, "more than every GPU gives to a program"

@@ -1,0 +1,188 @@
+"""The sparse objective against the dense formula, and the sparse sums against plain loops."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_lens_matryoshka.kernels import sums as eager
+from sae_lens_matryoshka.kernels.layout import Layout
+from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.training.objective import (
+    auxiliary_loss,
+    decode_nested,
+    encode_selected,
+    reference_levels,
+    reference_reconstructions,
+)
+from sae_lens_matryoshka.training.prefixes import level_of
+
+WIDTHS = (3, 7, 12)
+BATCH, D_IN = 5, 4
+LEVELS = level_of(torch.arange(WIDTHS[-1]), WIDTHS)
+
+
+def drawn_codes(seed: int, n: int) -> Codes:
+    """n non-zero codes at random places of a 5 × 12 matrix; rows and latents may stay empty."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randperm(BATCH * WIDTHS[-1], generator=generator)[:n].sort().values
+    values = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+    return Codes(keys // WIDTHS[-1], keys % WIDTHS[-1], values, values, 0.0)
+
+
+def layout_of(codes: Codes) -> Layout:
+    return eager.order(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
+
+
+def parameters(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return (
+        torch.randn(WIDTHS[-1], D_IN, dtype=torch.float64, requires_grad=True),
+        torch.randn(D_IN, dtype=torch.float64, requires_grad=True),
+        torch.randn(BATCH, D_IN, dtype=torch.float64),
+    )
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60), n_dead=st.integers(0, 4))
+def test_nested_levels_equal_the_dense_formula(seed: int, n: int, n_dead: int) -> None:
+    codes = drawn_codes(seed, n)
+    W_dec, b_dec, target = parameters(seed)
+    dead = torch.randperm(WIDTHS[-1])[:n_dead].sort().values
+    dense = torch.zeros(BATCH, WIDTHS[-1], dtype=torch.float64)
+    dense[codes.rows, codes.latents] = codes.pre_acts
+    dense.requires_grad_()
+    acts = codes.pre_acts.clone().requires_grad_()
+
+    expected = reference_levels(reference_reconstructions(dense, W_dec, b_dec, WIDTHS), target)
+    actual, dead_rows = decode_nested(
+        acts, W_dec, b_dec, target, layout_of(codes), len(WIDTHS), dead
+    )
+    for field in ("losses", "residuals", "sae_out"):
+        torch.testing.assert_close(getattr(actual, field), getattr(expected, field))
+    assert torch.equal(dead_rows, W_dec[dead])
+
+    # any mix of the levels' losses, the reconstruction and the dead rows
+    weights = torch.randn(len(WIDTHS), dtype=torch.float64)
+    out_weights = torch.randn(BATCH, D_IN, dtype=torch.float64)
+    grads = []
+    for levels, rows, codes_in in ((expected, W_dec[dead], dense), (actual, dead_rows, acts)):
+        total = (levels.losses * weights).sum() + (levels.sae_out * out_weights).sum()
+        total = total + rows.pow(3).sum()
+        grads.append(torch.autograd.grad(total, (codes_in, W_dec, b_dec)))
+    torch.testing.assert_close(grads[1][0], grads[0][0][codes.rows, codes.latents])
+    for actual_grad, expected_grad in zip(grads[1][1:], grads[0][1:], strict=True):
+        torch.testing.assert_close(actual_grad, expected_grad)
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60), n_dead=st.integers(0, 4))
+def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: int) -> None:
+    torch.manual_seed(seed)
+    codes = drawn_codes(seed, n)
+    dead = torch.randperm(WIDTHS[-1])[:n_dead].sort().values
+    raw = torch.randn(BATCH, D_IN, dtype=torch.float64)
+    W_enc = torch.randn(D_IN, WIDTHS[-1], dtype=torch.float64, requires_grad=True)
+    b_enc = torch.randn(WIDTHS[-1], dtype=torch.float64, requires_grad=True)
+    b_in = torch.randn(D_IN, dtype=torch.float64, requires_grad=True)
+
+    dense = (raw - b_in) @ W_enc + b_enc
+    kept = dense[codes.rows, codes.latents]
+    x = (raw - b_in).detach()
+    acts, rows, biases = encode_selected(
+        x,
+        W_enc,
+        b_enc,
+        b_in,
+        codes._replace(pre_acts=kept.detach()),
+        layout_of(codes),
+        dead,
+    )
+    assert torch.equal(acts, kept)
+    dead_pre_acts = x @ rows.T + biases
+    torch.testing.assert_close(dead_pre_acts, dense[:, dead])
+
+    weights = torch.randn(n, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad((a * weights).sum() + d.pow(2).sum(), (W_enc, b_enc, b_in))
+        for a, d in ((kept, dense[:, dead]), (acts, dead_pre_acts))
+    ]
+    for actual, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60))
+def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None:
+    codes = drawn_codes(seed, n)
+    layout = layout_of(codes)
+    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    assert layout.bags.tolist() == [
+        row * 3 + sum(latent >= width for width in WIDTHS) for row, latent in places
+    ]
+    assert layout.bags.tolist() == sorted(layout.bags.tolist())
+    assert layout.bag_starts.tolist() == [
+        sum(bag < number for bag in layout.bags.tolist()) for number in range(BATCH * 3 + 1)
+    ]
+    by_latent = sorted(range(n), key=lambda code: (places[code][1], code))
+    assert layout.by_latent.tolist() == by_latent
+    assert layout.latent_starts.tolist() == [
+        sum(latent < number for _, latent in places) for number in range(WIDTHS[-1] + 1)
+    ]
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 60))
+def test_codes_of_levels_in_any_order_are_put_in_order(seed: int, n: int) -> None:
+    codes = drawn_codes(seed, n)
+    levels = LEVELS[torch.randperm(WIDTHS[-1])]
+    ordered, layout = eager.order(codes, BATCH, levels, len(WIDTHS), False)
+    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    expected = sorted(places, key=lambda place: (place[0], levels[place[1]].item(), place[1]))
+    assert list(zip(ordered.rows.tolist(), ordered.latents.tolist(), strict=True)) == expected
+    assert layout.bags.tolist() == [row * 3 + levels[latent].item() for row, latent in expected]
+    values = dict(zip(places, codes.scores.tolist(), strict=True))
+    assert ordered.scores.tolist() == [values[place] for place in expected]
+
+
+def test_backward_may_run_twice() -> None:
+    codes = drawn_codes(0, 30)
+    W_dec, b_dec, target = parameters(0)
+    acts = codes.pre_acts.clone().requires_grad_()
+    levels, _ = decode_nested(acts, W_dec, b_dec, target, layout_of(codes), 3, torch.arange(0))
+    first = torch.autograd.grad(levels.losses.sum(), (acts, W_dec), retain_graph=True)
+    second = torch.autograd.grad(levels.losses.sum(), (acts, W_dec))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.integers(0, 60),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=60)
+def test_sums_by_latent_equal_plain_loops(seed: int, n: int, dtype: torch.dtype) -> None:
+    codes = drawn_codes(seed, n)
+    layout = layout_of(codes)
+    matrix = torch.randn(11, D_IN).to(dtype)
+    rows = torch.randint(0, 11, (n,), dtype=torch.int32)
+    weights = codes.scores.to(dtype)
+    expected = torch.zeros(WIDTHS[-1], D_IN, dtype=torch.float64)
+    totals = torch.zeros(WIDTHS[-1], dtype=torch.float64)
+    for latent, row, weight in zip(codes.latents, rows, weights.double(), strict=True):
+        expected[latent] += weight * matrix[row].double()
+        totals[latent] += weight
+    sums, sum_of_weights = eager.sum_by_latent(matrix, rows, weights, layout)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(sums.double(), expected, rtol=10 * eps, atol=10 * eps)
+    torch.testing.assert_close(sum_of_weights.double(), totals, rtol=10 * eps, atol=10 * eps)
+
+
+def test_auxiliary_loss_by_hand() -> None:
+    residual = -torch.tensor([[1.0, 2.0, 0.0, 0.0]])  # the living latents leave (1, 2, 0, 0) over
+    rows = torch.eye(4)[:3]
+    pre_acts = torch.tensor([[1.0, -0.5, 0.25]])
+    # k_aux = 2 of 3 dead latents: the largest scores are the first and the last
+    assert auxiliary_loss(residual, pre_acts, None, rows).item() == 0 + 4 + 0.25**2
+    # the norms rank 1·1, −0.5·1 and 0.25·8: the same two, and their values don't change
+    assert auxiliary_loss(residual, pre_acts, torch.tensor([1, 1, 8.0]), rows).item() == 4.0625
+    # one dead latent of k_aux = 2 weighs half
+    assert auxiliary_loss(residual, pre_acts[:, :1], None, rows[:1]).item() == 0.5 * 4

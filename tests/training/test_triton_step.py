@@ -1,0 +1,334 @@
+"""Training steps that Triton kernels compute, against SAELens' and against the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import LoggingConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.kernels import rounding_triton, selection_triton, triton_support
+from sae_lens_matryoshka.kernels.dispatch import EAGER, kernels_for
+from tests.devices import DEVICE
+from tests.steps import dense, outcome, relative_error, run_step, twins
+from tests.training.test_parity import cases
+from tests.training.test_variants import ARCHITECTURES, step_of, variants
+
+pytestmark = pytest.mark.gpu
+
+D_IN, D_SAE, BATCH = 6, 24, 5
+
+
+def assert_same_outcome(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    assert actual.keys() == expected.keys()
+    scale = max(value.double().norm().item() for value in expected.values())
+    for name, value in expected.items():
+        error = (actual[name].double() - value.double()).norm().item()
+        assert error <= tolerance * value.double().norm().item() + 1e-7 * scale, name
+
+
+@given(case=cases())
+@settings(max_examples=8)
+def test_step_equals_saelens(case: dict) -> None:
+    torch.manual_seed(case["seed"])
+    peer, ours = twins("triton", dtype="float32", **case["options"], device=DEVICE)
+    for step in range(2):  # the second knows the first one's cut
+        x = torch.randn(min(case["batch_size"], 8), peer.cfg.d_in, device=DEVICE)
+        dead = None
+        if case["dead_share"] is not None:
+            dead = torch.rand(peer.cfg.d_sae, device=DEVICE) < case["dead_share"]
+        expected = outcome(peer, run_step(peer, x, dead, step))
+        actual = outcome(ours, run_step(ours, x, dead, step))
+        assert torch.equal(actual["feature_acts"] > 0, expected["feature_acts"] > 0)
+        assert_same_outcome(actual, expected, 1e-5)
+        for sae in (peer, ours):
+            sae.zero_grad()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(options=variants(), seed=st.integers(0, 2**16))
+@settings(max_examples=6)
+def test_variants_equal_the_reference(
+    architecture: str, options: dict[str, Any], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    sae_class, config_class = get_sae_training_class(architecture)
+    saes: list[TrainingSAE[Any]] = [
+        sae_class(
+            config_class(
+                d_in=D_IN,
+                d_sae=len_of(options),
+                device=DEVICE,
+                **{**ARCHITECTURES[architecture], **options, "implementation": implementation},
+            )
+        )
+        for implementation in ("reference", "triton")
+    ]
+    with torch.no_grad():
+        for parameter in saes[0].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    saes[1].load_state_dict(saes[0].state_dict())
+    for step in range(2):
+        x = torch.randn(BATCH, D_IN, device=DEVICE)
+        dead = torch.rand(len_of(options), device=DEVICE) < 0.3
+        results = []
+        for sae in saes:
+            output = step_of(sae, x, dead, step)
+            output.loss.backward()
+            metrics = {k: m() for k, m in output.metrics.items() if callable(m)}
+            grads = {k: p.grad for k, p in sae.named_parameters() if p.grad is not None}
+            results.append({"loss": output.loss.detach(), **output.losses, **metrics, **grads})
+            results[-1]["feature_acts"] = dense(output.feature_acts)
+            sae.zero_grad()
+        assert_same_outcome(results[1], results[0], 1e-5)
+        if "firing_rates" in saes[0].state_dict():
+            torch.testing.assert_close(saes[1].firing_rates, saes[0].firing_rates)
+
+
+def len_of(options: dict[str, Any]) -> int:
+    return options["matryoshka_widths"][-1]
+
+
+def test_codes_that_fill_up_change_nothing() -> None:
+    """Where fewer scores are above 0 than are to be kept."""
+    torch.manual_seed(0)
+    peer, ours = twins("triton", d_in=8, d_sae=32, matryoshka_widths=[8, 32], k=4, device=DEVICE)
+    with torch.no_grad():
+        for sae in (peer, ours):
+            sae.b_enc.fill_(-3.0)
+    for scale in (1.0, 1.0, 1e-3):
+        x = torch.randn(6, 8, device=DEVICE) * scale
+        expected, actual = (outcome(sae, run_step(sae, x, None)) for sae in (peer, ours))
+        assert (expected["feature_acts"] > 0).sum() < 4 * 6
+        assert torch.equal(actual["feature_acts"] > 0, expected["feature_acts"] > 0)
+        assert_same_outcome(actual, expected, 1e-5)
+        for sae in (peer, ours):
+            sae.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_half_precision(dtype: str) -> None:
+    """bfloat16 autocast on float32 parameters, and bfloat16 parameters; see test_parity."""
+    torch.manual_seed(1)
+    options = {"d_in": 24, "d_sae": 96, "matryoshka_widths": [16, 96], "k": 4}
+    peer, ours = twins("triton", **options, dtype=dtype, device=DEVICE)
+    x = torch.randn(16, 24, device=DEVICE, dtype=peer.dtype)
+    results = []
+    for sae in (peer, ours):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "float32"):
+            output = run_step(sae, x, torch.arange(96, device=DEVICE) % 9 == 0)
+        results.append(outcome(sae, output))
+    expected, actual = results
+    assert_no_more_than_ties_differ(actual["feature_acts"], expected["feature_acts"])
+    for name, value in expected.items():
+        # bfloat16 scores tie at the cut, and on a CPU SAELens keeps others of those that tie
+        if dtype == "float32" or name.startswith("loss"):
+            assert relative_error(actual[name], value) < 2e-2, name
+
+
+def assert_no_more_than_ties_differ(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    differing = actual != expected
+    assert (actual > 0).sum() == (expected > 0).sum()
+    cut = expected[expected > 0].min()
+    assert (torch.maximum(actual, expected)[differing] == cut).all()
+
+
+@pytest.mark.parametrize("name", ["x", "b_dec", "b_enc", "W_enc", "W_dec"])
+def test_nan_is_named(name: str) -> None:
+    torch.manual_seed(0)
+    _, sae = twins("triton", d_in=8, d_sae=32, matryoshka_widths=[4, 32], k=3, device=DEVICE)
+    x = torch.randn(6, 8, device=DEVICE)
+    run_step(sae, x, None)
+    if name == "x":
+        x[3, 2:5] = math.nan
+    else:
+        getattr(sae, name).data.T[..., :1] = math.nan
+    named = r"sae_in .*\(6, 8\), holds 3 NaN" if name == "x" else f"the parameter {name}"
+    with pytest.raises(ValueError, match=f"stopped at step 7: {named}"):
+        run_step(sae, x, None, step=7)
+
+
+def test_deterministic_runs_are_equal_to_the_bit() -> None:
+    runs = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            torch.manual_seed(5)
+            _, sae = twins(
+                "triton", d_in=16, d_sae=48, matryoshka_widths=[8, 48], k=4, device=DEVICE
+            )
+            optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+            for step in range(3):
+                dead = torch.arange(48, device=DEVICE) % 6 == 0
+                run_step(sae, torch.randn(8, 16, device=DEVICE), dead, step).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            runs.append(sae.state_dict())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in runs[0].items():
+        assert torch.equal(runs[1][name], value), name
+
+
+def test_a_run_of_saelens_trainer() -> None:
+    """Losses agree to 2e-3 at every step, and what is scored at the end to 1e-3.
+
+    Rounding differs, and now and then another latent is kept; weights whose gradient is mostly
+    rounding part by more, since Adam divides by its size.
+    """
+    n_steps, d_in, d_sae, batch, k = 50, 8, 24, 4, 3.0
+    if DEVICE == "cuda":
+        n_steps, d_in, d_sae, batch, k = 200, 64, 1024, 256, 10.0
+    curves, finals = [], []
+    for implementation in ("reference", "triton"):
+        torch.manual_seed(0)
+        features = torch.randn(2 * d_in, d_in) / d_in**0.5
+        active = torch.rand(4, batch, len(features)) < k / 2 / len(features)
+        batches = (active.float() @ features).to(DEVICE)
+        sae_class, config_class = get_sae_training_class("matryoshka")
+        sae = sae_class(
+            config_class(d_in=d_in, d_sae=d_sae, k=k, device=DEVICE, implementation=implementation)
+        )
+        trainer = SAETrainer(cfg=trainer_config(batch), sae=sae, data_provider=iter(()))
+        losses = []
+        for step in range(n_steps):
+            losses.append(trainer.step(batches[step % 4]).loss.item())
+            trainer.n_training_steps += 1
+        curves.append(torch.tensor(losses))
+        scores = run_step(sae, batches.flatten(0, 1), None, is_logging_step=True).metrics
+        finals.append({k: v() if callable(v) else v for k, v in scores.items()})
+    assert curves[0][-4:].mean() < 0.8 * curves[0][:4].mean(), "the run is meant to learn"
+    torch.testing.assert_close(curves[1], curves[0], rtol=2e-3, atol=0)
+    for name, value in finals[0].items():
+        torch.testing.assert_close(finals[1][name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("latent_order", ["index", "frequency"])
+def test_feature_acts_hold_what_fills_up_as_zeros(latent_order: str) -> None:
+    sae_class, config_class = get_sae_training_class("matryoshka")
+    options = {"d_in": 8, "d_sae": 32, "k": 4, "device": DEVICE, "latent_order": latent_order}
+    sae = sae_class(config_class(**options, implementation="triton"))
+    with torch.no_grad():
+        sae.b_enc.fill_(-1.0)
+        sae.b_enc[-1] = 5.0  # only the latent that stands for what fills up is active
+        sae.W_enc[:, -1] = 0.0
+    acts = run_step(sae, torch.randn(6, 8, device=DEVICE) * 0.01, None).feature_acts
+    assert acts._nnz() == 4 * 6
+    expected = torch.zeros(6, 32, device=DEVICE)
+    expected[:, -1] = 5 * sae.W_dec[-1].detach().norm()
+    torch.testing.assert_close(acts.to_dense(), expected)
+    fired = acts.bool().float().sum(0).to_dense()  # as SAELens' trainer counts them
+    assert fired.tolist() == [0.0] * 31 + [6.0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA tells what waits for it")
+@pytest.mark.parametrize("options", [{}, {"prefix_sampling": "uniform"}, {"level_weights": 0.5}])
+def test_only_the_check_of_the_loss_waits_for_the_gpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae_class, config_class = get_sae_training_class("matryoshka")
+    sae = sae_class(config_class(d_in=32, d_sae=512, k=8, device=DEVICE, **options))
+    monkeypatch.setattr(sae, "require_finite", lambda *args: None)
+    dead = torch.arange(512, device=DEVICE) % 50 == 0
+    for step in range(3):
+        x = torch.randn(64, 32, device=DEVICE)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            run_step(sae, x, dead, step).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def trainer_config(batch_size: int) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=10**9,
+        device=DEVICE,
+        autocast=False,
+        lr=3e-3,
+        lr_end=3e-3,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=0,
+        n_restart_cycles=1,
+        train_batch_size_samples=batch_size,
+        dead_feature_window=20,
+        feature_sampling_window=10**6,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=1,
+    )
+
+
+def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_support, "_why_no_launch", lambda: None)
+    triton = kernels_for("auto", cuda, torch.float32)
+    assert triton is not None
+    assert triton.select.__wrapped__ is selection_triton.select  # type: ignore[attr-defined]
+    assert kernels_for("triton", cuda, torch.bfloat16) is triton
+    assert kernels_for("auto", cuda, torch.float64) is EAGER
+    assert kernels_for("sparse", cuda, torch.float32) is EAGER
+    assert kernels_for("auto", cpu, torch.float32) is EAGER
+    assert kernels_for("reference", cuda, torch.float32) is None
+    assert kernels_for("auto", torch.device("mps"), torch.float32) is None
+    with pytest.raises(ValueError, match=r"for an SAE of torch.float64: give 'auto', .*bfloat16"):
+        kernels_for("triton", cuda, torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        ValueError, match=r"'triton' is not accepted for an SAE on cpu: give 'auto'"
+    ):
+        kernels_for("triton", cpu, torch.float32)
+    monkeypatch.setattr(triton_support, "_why_no_launch", lambda: "there is no C compiler")
+    with pytest.warns(UserWarning, match="in PyTorch, .* because there is no C compiler"):
+        assert kernels_for("auto", cuda, torch.float32) is EAGER
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="because Triton is not installed"):
+        assert kernels_for("auto", cuda, torch.float32) is EAGER
+
+
+def test_a_first_kernel_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, device=DEVICE))
+    assert triton_support._why_no_launch.__wrapped__() is None
+
+    def fail(number: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(rounding_triton, "round_one", fail)
+    assert triton_support._why_no_launch.__wrapped__() == (
+        "a first kernel failed (RuntimeError: Failed to find C compiler.)"
+    )
+
+
+def test_config_names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError,
+        match=r"'triton' is not accepted on this machine, because PyTorch finds no CUDA device: "
+        r"give 'auto', 'sparse' or 'reference'",
+    ):
+        MatryoshkaTrainingSAEConfig(d_in=8, d_sae=32, k=2, implementation="triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="because Triton is not installed"):
+        MatryoshkaTrainingSAEConfig(d_in=8, d_sae=32, k=2, implementation="triton")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"'triton' is not accepted beside dtype='float64'"):
+        MatryoshkaTrainingSAEConfig(d_in=8, d_sae=32, k=2, implementation="triton", dtype="float64")
