@@ -20,6 +20,7 @@ test-evals: .venv/installed-dev
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
 .venv/installed: pyproject.toml

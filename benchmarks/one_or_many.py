@@ -34,7 +34,7 @@ from sae_lens_matryoshka.synthetic.runs import read_runs, run_folder
 from sae_lens_matryoshka.synthetic.scores import score
 from sae_lens_matryoshka.synthetic.training import train_pass
 from sae_lens_matryoshka.synthetic.variants import Variant
-from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.training.widths import paper_widths
 
 ONE = "one Matryoshka SAE"
 SCORES = {"f1": "F1", "mcc": "MCC", "absorption": "absorption", "explained_variance": "var. expl."}

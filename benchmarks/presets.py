@@ -33,7 +33,7 @@ from measuring import (
 from precisions import Precision, precisions
 from tqdm.auto import tqdm
 
-from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.training.widths import paper_widths
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gemma": {"d_in": 2304, "d_sae": 65536, "batch_size": 2048, "k": 40},  # the paper's

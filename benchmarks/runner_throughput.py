@@ -52,7 +52,7 @@ from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo import run as demo
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.runs.config import load_run_config
-from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.training.widths import paper_widths
 from sae_lens_matryoshka.util.files import check_writable
 
 OURS, SAELENS, SAELENS_FLAT = "ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"

@@ -50,7 +50,7 @@ from measuring import DoesNotFit, build, measure_times, turns_of
 from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
-from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.training.widths import paper_widths
 
 ROUNDS, PRESET_ROUNDS = 9, 20
 LARGEST_SHRINK = 64  # leaves the smallest dictionary of a preset more latents than k

@@ -34,8 +34,8 @@ from sae_lens_matryoshka.levels.stats import (
     measured_of,
     stats_from_weights,
 )
+from sae_lens_matryoshka.training.code_stats import CodeStats
 from sae_lens_matryoshka.training.diagnosis import Finding, check_baseline, diagnose
-from sae_lens_matryoshka.training.monitoring import CodeStats
 from sae_lens_matryoshka.util.files import atomic_file
 
 _ACTIVATION_SUFFIXES = (".npy", ".pt", ".safetensors")

@@ -196,9 +196,7 @@ def _card(
     level_ids = "".join(f"- `{_loading(repo_id, name)}`\n" for name in sae_ids[1:])
     # The levels of a TopK SAE choose anew among their latents.
     prefixes = ", where the first `w` latents are the level of width `w`"
-    template = (
-        Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    )
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return Template(template).substitute(
         front_matter=front_matter.to_yaml(),
         model=_hub_name(model) or model or "an unnamed model",

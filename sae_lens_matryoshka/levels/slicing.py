@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAEConfig
 
 from sae_lens_matryoshka.training.base import NestedTrainingSAE
 from sae_lens_matryoshka.training.latent_order import LATENT_DIM
-from sae_lens_matryoshka.training.prefixes import resolve_widths
+from sae_lens_matryoshka.training.widths import resolve_widths
 
 # The dimension of each tensor of a SAELens SAE that counts latents; None where none does.
 _LATENT_DIM = {

@@ -17,8 +17,8 @@ from sae_lens.util import cosine_similarities, get_special_token_ids
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.levels.slicing import decode_levels, levels, widths_of
+from sae_lens_matryoshka.training.code_stats import CodeStats
 from sae_lens_matryoshka.training.diagnosis import Measured
-from sae_lens_matryoshka.training.monitoring import CodeStats
 from sae_lens_matryoshka.training.thresholds import k_of_training
 
 _CHUNK_ELEMENTS = 2**25

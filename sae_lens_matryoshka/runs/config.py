@@ -17,7 +17,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.training.options import NestedOptions, checked_count
+from sae_lens_matryoshka.training.options import NestedOptions
+from sae_lens_matryoshka.util.checks import checked_count
 
 _SECTIONS = ("sae", "logger")
 # SAELens divides by these, or loops over them for ever, where they are not positive.

@@ -17,12 +17,8 @@ from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
 from sae_lens_matryoshka.training.diagnosis import check_baseline
-from sae_lens_matryoshka.training.options import (
-    NestedOptions,
-    SparsitySchedule,
-    checked_count,
-    invalid_option,
-)
+from sae_lens_matryoshka.training.options import NestedOptions, SparsitySchedule
+from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
 
 @dataclass

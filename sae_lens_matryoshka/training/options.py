@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from sae_lens.constants import DTYPE_MAP
 from simple_parsing import field as command_line_field  # to give a list on a command line
 
 from sae_lens_matryoshka.kernels.triton_support import TRITON_DTYPES, why_no_triton
-from sae_lens_matryoshka.training.prefixes import PrefixSampling, resolve_widths, sample_prefixes
+from sae_lens_matryoshka.training.prefixes import PrefixSampling, sample_prefixes
+from sae_lens_matryoshka.training.widths import resolve_widths
+from sae_lens_matryoshka.util.checks import checked_count, invalid_option, is_number
 
 Implementation = Literal["auto", "reference", "sparse", "triton"]
 StopGradient = Literal["none", "all", "inner"]
@@ -306,26 +308,8 @@ class SparsitySchedule:
         return linear(self.k_start, self.k, step, self.k_anneal_steps)
 
 
-_COUNTS = {0: "an integer of 0 or more", 1: "a positive integer"}
-
-
 def linear(start: float, end: float, step: int, n_steps: int) -> float:
     """`start` until step 0, `end` from step `n_steps` on, a straight line between."""
     if step >= n_steps and step >= 0:
         return end
     return start + (end - start) * max(step, 0) / max(n_steps, 1)
-
-
-def checked_count(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`, numpy's integers too, which JSON could not hold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise invalid_option(name, value, _COUNTS.get(least, f"an integer of {least} or more"))
-    return int(value)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def invalid_option(name: str, value: Any, accepted: str) -> ValueError:
-    return ValueError(f"{name}={value!r} is not accepted: give {accepted}.")

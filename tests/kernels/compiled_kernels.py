@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 
 from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
 from sae_lens_matryoshka.kernels.selection import Codes
-from sae_lens_matryoshka.training.prefixes import level_table, paper_widths
+from sae_lens_matryoshka.training.prefixes import level_table
+from sae_lens_matryoshka.training.widths import paper_widths
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {

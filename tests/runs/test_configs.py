@@ -14,7 +14,7 @@ from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConf
 from sae_lens_matryoshka.runs.config import load_run_config
 from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, synthsaebench_config
 from sae_lens_matryoshka.synthetic.variants import plan_variants
-from sae_lens_matryoshka.training.prefixes import paper_widths
+from sae_lens_matryoshka.training.widths import paper_widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYNTHETIC = "synthsaebench-best"  # in the shape of SAELens' SyntheticSAERunnerConfig

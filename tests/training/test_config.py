@@ -19,7 +19,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import sae_lens_matryoshka
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.training.prefixes import level_of, paper_widths, resolve_widths
+from sae_lens_matryoshka.training.prefixes import level_of
+from sae_lens_matryoshka.training.widths import paper_widths, resolve_widths
 
 
 def test_paper_widths() -> None:

@@ -24,8 +24,9 @@ from sae_lens_matryoshka import (
 from sae_lens_matryoshka.levels.slicing import levels
 from sae_lens_matryoshka.levels.stats import measure_levels, measured_of, stats_from_weights
 from sae_lens_matryoshka.training import monitoring
+from sae_lens_matryoshka.training.code_stats import CodeStats
 from sae_lens_matryoshka.training.diagnosis import Measured, diagnose
-from sae_lens_matryoshka.training.monitoring import CodeStats, TrainingMonitor
+from sae_lens_matryoshka.training.monitoring import TrainingMonitor
 from tests.steps import dense, outcome, run_step
 
 Features = Callable[[int], torch.Tensor]  # (B, d_in) activations of orthonormal features

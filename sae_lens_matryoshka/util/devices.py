@@ -1,0 +1,22 @@
+"""Whether PyTorch can compute on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_lens_matryoshka.util.checks import invalid_option
+
+
+def check_device(name: str, device: str) -> None:
+    """Check that tensors can be made on `device`.
+
+    Raises:
+        ValueError: they can't; the error calls the device `name`.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        accepted = (
+            "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu: PyTorch finds no GPU"
+        )
+        raise invalid_option(name, device, accepted) from error

@@ -1,0 +1,18 @@
+"""Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], n_text: int = 1) -> str:
+    """A Markdown table.
+
+    Args:
+        titles: Of the columns.
+        rows: The cells of each row.
+        n_text: Columns of text, aligned left; the ones behind them hold numbers, aligned right.
+    """
+    alignment = "|" + "---|" * n_text + "---:|" * (len(titles) - n_text)
+    head, *body = ("| " + " | ".join(cells) + " |" for cells in (titles, *rows))
+    return "\n".join([head, alignment, *body])
