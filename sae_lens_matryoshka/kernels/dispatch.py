@@ -1,8 +1,9 @@
-"""The one place that chooses who computes the sparse arithmetic of a step.
+"""Which backend computes a step.
 
-A step needs five functions: `select` the codes, `order` them, the `residuals` of every level, the
-`gradients` of the codes, and `sum_by_latent` for those of the weights. Each is there twice: in
-PyTorch (`selection.select`, and the others in `kernels.eager`) and as Triton kernels.
+A step needs five operations: `select` the codes, `lay_out` them, the `level_residuals`, the
+`level_gradients`, and `sum_by_latent` for the gradients of the weights. Each exists twice, side by
+side: in PyTorch (`selection`, `layout`, `sums`) and in Triton (`selection_triton`, …). The PyTorch
+twin describes the operation.
 """
 
 from __future__ import annotations
@@ -10,49 +11,98 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from sae_lens_matryoshka.kernels import sums as eager
-from sae_lens_matryoshka.kernels.layout import Layout
-from sae_lens_matryoshka.kernels.selection import Codes, select
+from sae_lens_matryoshka.kernels import layout, selection, sums
+from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.sums import StopGradient
 from sae_lens_matryoshka.kernels.triton_support import (
     TRITON_DTYPES,
     interprets_triton,
     why_no_triton,
 )
-from sae_lens_matryoshka.training.options import Implementation
+
+Implementation = Literal["auto", "reference", "sparse", "triton"]
+
+_Operation = TypeVar("_Operation", bound=Callable[..., Any])
 
 
-class Kernels(NamedTuple):
-    """Who computes what; each function is described where PyTorch computes it."""
+class Backend(Protocol):
+    """Computes a step from its codes; for each operation see its PyTorch twin."""
 
     implementation: Implementation
-    select: Callable[..., Codes]
-    order: Callable[..., tuple[Codes, Layout]]
-    residuals: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    gradients: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    sum_by_latent: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+    def select(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        norms: Tensor | None,
+        n_keep: int,
+        floor: float | Tensor | None,
+    ) -> Codes: ...
+
+    def lay_out(
+        self,
+        codes: Codes,
+        batch_size: int,
+        level_of_latent: Tensor,
+        n_levels: int,
+        is_sorted: bool,
+    ) -> tuple[Codes, Layout]: ...
+
+    def level_residuals(
+        self,
+        acts: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        target: Tensor,
+        layout: Layout,
+        n_levels: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def level_gradients(
+        self,
+        residuals: Tensor,
+        scales: Tensor,
+        grad_sae_out: Tensor | None,
+        stop_gradient: StopGradient,
+        W_dec: Tensor,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def sum_by_latent(
+        self, matrix: Tensor, rows: Tensor, weights: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-EAGER = Kernels(
-    "sparse", select, eager.order, eager.residuals, eager.gradients, eager.sum_by_latent
-)
+class _Eager:
+    implementation: Implementation = "sparse"
+    select = staticmethod(selection.select)
+    lay_out = staticmethod(layout.lay_out)
+    level_residuals = staticmethod(sums.level_residuals)
+    level_gradients = staticmethod(sums.level_gradients)
+    sum_by_latent = staticmethod(sums.sum_by_latent)
 
 
-def kernels_for(
+EAGER: Backend = _Eager()
+
+
+def backend_for(
     implementation: Implementation, device: torch.device, dtype: torch.dtype
-) -> Kernels | None:
-    """Who computes a step, or None where the dense reference does.
+) -> Backend | None:
+    """The backend that computes a step, or None where the dense reference computes it.
 
     Args:
-        implementation: See `options.NestedOptions`.
+        implementation: See `training.options.NestedOptions`.
         device: Of the activations.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: `implementation` is "triton", and the activations are where it can't be.
+        ValueError: `implementation` is "triton", which can't run on this device or in this dtype.
     """
     if implementation == "sparse":
         return EAGER
@@ -73,41 +123,43 @@ def kernels_for(
         return None
     if device.type == "cpu" or dtype not in TRITON_DTYPES:
         return EAGER
-    lack = why_no_triton()
-    if lack is not None:
-        _warn_that_it_is_slower(lack)
+    reason = why_no_triton()
+    if reason is not None:
+        _warn_of_slower_backend(reason)
         return EAGER
     return _triton()
 
 
 @cache
-def _warn_that_it_is_slower(lack: str) -> None:
+def _warn_of_slower_backend(reason: str) -> None:
     warnings.warn(
-        f"implementation='auto' computes in PyTorch, not in Triton kernels, because {lack}.",
+        f"implementation='auto' computes in PyTorch, not in Triton kernels, because {reason}.",
         stacklevel=2,
     )
 
 
 @cache
-def _triton() -> Kernels:
+def _triton() -> Backend:
+    # importing the kernels needs Triton, which not every machine has
     from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
 
-    functions = (
-        selection_triton.select,
-        layout_triton.order,
-        sums_triton.residuals,
-        sums_triton.gradients,
-        sums_triton.sum_by_latent,
-    )
-    return Kernels("triton", *map(_on_its_device, functions))
+    class Triton:
+        implementation: Implementation = "triton"
+        select = staticmethod(_on_its_device(selection_triton.select))
+        lay_out = staticmethod(_on_its_device(layout_triton.lay_out))
+        level_residuals = staticmethod(_on_its_device(sums_triton.level_residuals))
+        level_gradients = staticmethod(_on_its_device(sums_triton.level_gradients))
+        sum_by_latent = staticmethod(_on_its_device(sums_triton.sum_by_latent))
+
+    return Triton()
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whichever one the tensors are on."""
+def _on_its_device(operation: _Operation) -> _Operation:
+    """`operation` on the device of its first argument; Triton launches on the current one."""
 
-    @wraps(function)
-    def call(first: torch.Tensor | Codes, *args: Any, **kwargs: Any) -> Any:
+    @wraps(operation)
+    def launch(first: Tensor | Codes, *args: Any, **kwargs: Any) -> Any:
         with torch.cuda.device_of(first.rows if isinstance(first, Codes) else first):
-            return function(first, *args, **kwargs)
+            return operation(first, *args, **kwargs)
 
-    return call
+    return launch  # type: ignore[return-value]

@@ -1,29 +1,44 @@
-"""The codes of a batch as the sparse sums run over them."""
+"""Codes sorted by (row, level) and by latent, in PyTorch."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
+from sae_lens_matryoshka.kernels.codes import Codes, Layout
 
-class Layout(NamedTuple):
-    """n codes as bags: runs of consecutive codes of one (row, level), or of one latent.
 
-    Codes that only fill up (see `selection.Codes`) are in no bag.
+def lay_out(
+    codes: Codes,
+    batch_size: int,
+    level_of_latent: torch.Tensor,
+    n_levels: int,
+    is_sorted: bool,
+) -> tuple[Codes, Layout]:
+    """The codes by row and within a row by level, and their layout.
 
-    Attributes:
-        latents: (n,) int32, latents of the codes.
-        bags: (n,) int32, each code's place among the B · P bags (row, level), ascending.
-        bag_starts: (B · P + 1,) int32, where each bag starts, and their number.
-        by_latent: (n,) int32, the codes in ascending order of their latents, those of one latent
-            in the order of the codes.
-        latent_starts: (d_sae + 1,) int32, where each latent starts in that order, and their
-            number.
+    Args:
+        codes: By row and within a row by latent.
+        batch_size: B.
+        level_of_latent: (d_sae,) int32, from 0 on.
+        n_levels: P.
+        is_sorted: Whether `level_of_latent` ascends, so that the codes are in order already.
     """
+    bags = codes.rows.int() * n_levels + level_of_latent[codes.latents]
+    if not is_sorted:
+        bags, permutation = bags.sort(stable=True)
+        codes = codes.permuted(permutation)
+    latents = codes.latents.int()
+    ascending, by_latent = latents.sort(stable=True)
+    return codes, Layout(
+        latents=latents,
+        bags=bags,
+        bag_starts=_starts(bags, batch_size * n_levels),
+        by_latent=by_latent.int(),
+        latent_starts=_starts(ascending, len(level_of_latent)),
+    )
 
-    latents: torch.Tensor
-    bags: torch.Tensor
-    bag_starts: torch.Tensor
-    by_latent: torch.Tensor
-    latent_starts: torch.Tensor
+
+def _starts(ascending: torch.Tensor, n_values: int) -> torch.Tensor:
+    """(n_values + 1,) where each of the values 0, 1, … starts, and the number of elements."""
+    values = torch.arange(n_values + 1, device=ascending.device, dtype=ascending.dtype)
+    return torch.searchsorted(ascending, values, out_int32=True)

@@ -1,11 +1,11 @@
-"""Codes in the order of levels and of latents, by counting, in Triton.
+"""Codes sorted by (row, level) and by latent, by counting instead of sorting, in Triton.
 
-Codes are counted into bins and placed behind what is counted before their bin. Within a bin, atomic
-counters hand out the places in any order; codes then take the place of their rank in it, so that
-every sum over them adds in the same order, whatever the order of execution was.
+Each code takes a slot behind the codes of the bins before its own. Within a bin, atomic counters
+hand the slots out in any order; each code then moves to the slot of its rank within its bin. So the
+order, and with it every sum over codes, is the same in each run.
 """
 
-# Triton annotates what a kernel takes on the device, not what a launch takes.
+# Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -14,130 +14,162 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_lens_matryoshka.kernels import sums as eager
-from sae_lens_matryoshka.kernels.layout import Layout
-from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.kernels import layout
+from sae_lens_matryoshka.kernels.codes import Codes, Layout
 
 _CODES = 128  # codes that one program handles
 _RIVALS = 16  # codes of its bin that a code is compared with at once
-_ROWS_PER_BIN = 1024  # of a latent that fires on every row: what a code is compared with at most
+_ROWS_PER_BIN = 1024  # at most so many comparisons for a code of a latent that always fires
 
 
-def order(
-    codes: Codes, batch_size: int, levels: torch.Tensor, n_levels: int, are_levels_ascending: bool
+def lay_out(
+    codes: Codes,
+    batch_size: int,
+    level_of_latent: torch.Tensor,
+    n_levels: int,
+    is_sorted: bool,
 ) -> tuple[Codes, Layout]:
-    """As `eager.order`, without a sort and without waiting for the device."""
-    n, d_sae, device = len(codes.rows), len(levels), codes.rows.device
+    """As `layout.lay_out`, without waiting for the device."""
+    n, d_sae, device = len(codes.rows), len(level_of_latent), codes.rows.device
     if n == 0:
-        return eager.order(codes, batch_size, levels, n_levels, are_levels_ascending)
-    n_used = codes.n_used if codes.n_used is not None else torch.full((), n, device=device)
+        return layout.lay_out(codes, batch_size, level_of_latent, n_levels, is_sorted)
+    n_valid = codes.n_valid if codes.n_valid is not None else torch.full((), n, device=device)
     row_starts = torch.searchsorted(codes.rows, torch.arange(batch_size + 1, device=device))
-    row_starts = torch.minimum(row_starts, n_used)
+    row_starts = torch.minimum(row_starts, n_valid)
     bags = torch.zeros(n, dtype=torch.int32, device=device)
-    places = torch.arange(n, dtype=torch.int32, device=device)
+    permutation = torch.arange(n, dtype=torch.int32, device=device)
     bag_starts = torch.empty(batch_size * n_levels + 1, dtype=torch.int32, device=device)
-    _order_rows[(batch_size,)](
-        codes.latents, levels, row_starts, bags, places, bag_starts, batch_size, n_levels, _CODES
+    _sort_rows[(batch_size,)](
+        codes.latents,
+        level_of_latent,
+        row_starts,
+        bags,
+        permutation,
+        bag_starts,
+        batch_size,
+        n_levels,
+        _CODES,
     )
-    if not are_levels_ascending:
-        codes = codes.in_order(places)
+    if not is_sorted:
+        codes = codes.permuted(permutation)
     latents = codes.latents.int()
-    by_latent, latent_starts = _by_latent(latents, codes.rows, n_used, batch_size, d_sae)
+    by_latent, latent_starts = _sort_by_latent(latents, codes.rows, n_valid, batch_size, d_sae)
     return codes, Layout(latents, bags, bag_starts, by_latent, latent_starts)
 
 
-def _by_latent(
-    latents: torch.Tensor, rows: torch.Tensor, n_used: torch.Tensor, batch_size: int, d_sae: int
+def _sort_by_latent(
+    latents: torch.Tensor, rows: torch.Tensor, n_valid: torch.Tensor, batch_size: int, d_sae: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Layout.by_latent` and `Layout.latent_starts`; a bin is one latent in _ROWS_PER_BIN rows."""
     n, device = len(latents), latents.device
     bins_per_latent = triton.cdiv(batch_size, _ROWS_PER_BIN)
     counts = torch.zeros(d_sae * bins_per_latent, dtype=torch.int32, device=device)
-    bins, places = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+    bins, slots = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     grid = (triton.cdiv(n, _CODES),)
     _count[grid](
-        latents, rows, counts, bins, places, n_used, bins_per_latent, _ROWS_PER_BIN, _CODES
+        latents, rows, counts, bins, slots, n_valid, bins_per_latent, _ROWS_PER_BIN, _CODES
     )
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     unordered, by_latent = torch.empty_like(bins), torch.zeros_like(bins)
-    _place[grid](bins, places, starts, unordered, n_used, _CODES)
-    _rank[grid](bins, starts, unordered, by_latent, n_used, _CODES, _RIVALS)
+    _place[grid](bins, slots, starts, unordered, n_valid, _CODES)
+    _rank[grid](bins, starts, unordered, by_latent, n_valid, _CODES, _RIVALS)
     return by_latent, starts[::bins_per_latent].contiguous()
 
 
 @triton.jit
-def _order_rows(
-    latents,
-    levels,
-    row_starts,
-    bags,
-    places,
-    bag_starts,
+def _sort_rows(
+    latents_ptr,  # (n,) int64
+    level_of_latent_ptr,  # (d_sae,) int32
+    row_starts_ptr,  # (B + 1,) int64
+    bags_ptr,  # (n,) int32, written
+    permutation_ptr,  # (n,) int32, written
+    bag_starts_ptr,  # (B * P + 1,) int32, written
     batch_size,
     n_levels,
     CODES: tl.constexpr,
 ):
+    """One program sorts the codes of one row by level."""
     row = tl.program_id(0)
-    start = tl.load(row_starts + row)
-    end = tl.load(row_starts + row + 1)
-    placed = start
+    start = tl.load(row_starts_ptr + row)
+    end = tl.load(row_starts_ptr + row + 1)
+    next_slot = start
     for level in range(n_levels):
         bag = row * n_levels + level
-        tl.store(bag_starts + bag, placed.to(tl.int32))
+        tl.store(bag_starts_ptr + bag, next_slot.to(tl.int32))
         for first in range(start, end, CODES):
             codes = first + tl.arange(0, CODES)
-            latent = tl.load(latents + codes, mask=codes < end, other=0)
-            own = (codes < end) & (tl.load(levels + latent, mask=codes < end, other=0) == level)
-            slots = placed + tl.cumsum(own.to(tl.int32), 0) - 1
-            tl.store(places + slots, codes.to(tl.int32), mask=own)
-            tl.store(bags + slots, tl.zeros_like(codes).to(tl.int32) + bag, mask=own)
-            placed += tl.sum(own.to(tl.int32), 0)
+            mask = codes < end
+            latent = tl.load(latents_ptr + codes, mask=mask, other=0)
+            own = mask & (tl.load(level_of_latent_ptr + latent, mask=mask, other=0) == level)
+            slots = next_slot + tl.cumsum(own.to(tl.int32), 0) - 1
+            tl.store(permutation_ptr + slots, codes.to(tl.int32), mask=own)
+            tl.store(bags_ptr + slots, tl.zeros_like(codes).to(tl.int32) + bag, mask=own)
+            next_slot += tl.sum(own.to(tl.int32), 0)
     if row == batch_size - 1:
-        tl.store(bag_starts + batch_size * n_levels, end.to(tl.int32))
+        tl.store(bag_starts_ptr + batch_size * n_levels, end.to(tl.int32))
 
 
 @triton.jit
 def _count(
-    latents,
-    rows,
-    counts,
-    bins,
-    places,
-    n_used,
+    latents_ptr,  # (n,) int32
+    rows_ptr,  # (n,) int64
+    counts_ptr,  # (n_bins,) int32, added to
+    bins_ptr,  # (n,) int32, written
+    slots_ptr,  # (n,) int32, written: an arbitrary slot within the bin
+    n_valid_ptr,  # () int64
     bins_per_latent,
     ROWS_PER_BIN: tl.constexpr,
     CODES: tl.constexpr,
 ):
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = codes < tl.load(n_used)
-    row = tl.load(rows + codes, mask=mask, other=0)
-    latent = tl.load(latents + codes, mask=mask, other=0)
-    bin = latent * bins_per_latent + (row // ROWS_PER_BIN).to(tl.int32)
-    tl.store(bins + codes, bin, mask=mask)
-    tl.store(places + codes, tl.atomic_add(counts + bin, 1, mask=mask, sem="relaxed"), mask=mask)
+    mask = codes < tl.load(n_valid_ptr)
+    row = tl.load(rows_ptr + codes, mask=mask, other=0)
+    latent = tl.load(latents_ptr + codes, mask=mask, other=0)
+    own_bin = latent * bins_per_latent + (row // ROWS_PER_BIN).to(tl.int32)
+    slot = tl.atomic_add(counts_ptr + own_bin, 1, mask=mask, sem="relaxed")
+    tl.store(bins_ptr + codes, own_bin, mask=mask)
+    tl.store(slots_ptr + codes, slot, mask=mask)
 
 
 @triton.jit
-def _place(bins, places, starts, unordered, n_used, CODES: tl.constexpr):
+def _place(
+    bins_ptr,  # (n,) int32
+    slots_ptr,  # (n,) int32, within the bin
+    starts_ptr,  # (n_bins + 1,) int32, where each bin starts
+    unordered_ptr,  # (n,) int32, written: the codes of each bin in any order
+    n_valid_ptr,  # () int64
+    CODES: tl.constexpr,
+):
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = codes < tl.load(n_used)
-    start = tl.load(starts + tl.load(bins + codes, mask=mask, other=0), mask=mask, other=0)
-    slots = start + tl.load(places + codes, mask=mask, other=0)
-    tl.store(unordered + slots, codes, mask=mask)
+    mask = codes < tl.load(n_valid_ptr)
+    own_bin = tl.load(bins_ptr + codes, mask=mask, other=0)
+    start = tl.load(starts_ptr + own_bin, mask=mask, other=0)
+    slots = start + tl.load(slots_ptr + codes, mask=mask, other=0)
+    tl.store(unordered_ptr + slots, codes, mask=mask)
 
 
 @triton.jit
-def _rank(bins, starts, unordered, by_latent, n_used, CODES: tl.constexpr, RIVALS: tl.constexpr):
+def _rank(
+    bins_ptr,  # (n,) int32
+    starts_ptr,  # (n_bins + 1,) int32
+    unordered_ptr,  # (n,) int32
+    by_latent_ptr,  # (n,) int32, written
+    n_valid_ptr,  # () int64
+    CODES: tl.constexpr,
+    RIVALS: tl.constexpr,
+):
+    """Each code's rank is the number of smaller codes in its bin."""
     slots = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    mask = slots < tl.load(n_used)
-    own = tl.load(unordered + slots, mask=mask, other=0)
-    bin = tl.load(bins + own, mask=mask, other=0)
-    start = tl.load(starts + bin, mask=mask, other=0)
-    size = tl.load(starts + bin + 1, mask=mask, other=0) - start
+    mask = slots < tl.load(n_valid_ptr)
+    own = tl.load(unordered_ptr + slots, mask=mask, other=0)
+    own_bin = tl.load(bins_ptr + own, mask=mask, other=0)
+    start = tl.load(starts_ptr + own_bin, mask=mask, other=0)
+    size = tl.load(starts_ptr + own_bin + 1, mask=mask, other=0) - start
     ranks = tl.zeros((CODES,), tl.int32)
     for first in range(0, tl.max(size, 0), RIVALS):
-        rivals = first + tl.arange(0, RIVALS)
-        among = rivals[None, :] < size[:, None]
-        rival = tl.load(unordered + start[:, None] + rivals[None, :], mask=among, other=0)
-        ranks += tl.sum((among & (rival < own[:, None])).to(tl.int32), 1)
-    tl.store(by_latent + start + ranks, own, mask=mask)
+        offsets = first + tl.arange(0, RIVALS)
+        in_bin = offsets[None, :] < size[:, None]
+        rival = tl.load(unordered_ptr + start[:, None] + offsets[None, :], mask=in_bin, other=0)
+        ranks += tl.sum((in_bin & (rival < own[:, None])).to(tl.int32), 1)
+    tl.store(by_latent_ptr + start + ranks, own, mask=mask)

@@ -1,14 +1,14 @@
 """Exact BatchTopK selection in Triton, without sorting B × d_sae scores or waiting for the device.
 
-Scores are ranked by their keys: the bits of a non-negative float32, read as an integer, keep its
-order, and NaN comes before infinity. One pass over the pre-activations counts the scores above a
-floor, a little below the last step's cut, and a second one picks them as candidates, among which
-the cut is found from histograms, ten bits of the key at a time. Where the floor was wrong (fewer
-candidates than codes to keep, or more than there is room for), kernels that otherwise return at
-once find the cut that way in the whole matrix. The host launches the same whatever the numbers are.
+Scores are ranked by their keys: the bits of a non-negative float32, read as an integer, have its
+order, and NaN ranks above infinity. One pass over the pre-activations counts the scores above a
+floor, a little below the last step's cut; a second picks them as candidates. The cut is then found
+among the candidates from histograms, one digit of the key at a time. If the floor was wrong (fewer
+candidates than codes to keep, or more than fit the buffer), kernels that otherwise return at once
+find a floor in the same way from the whole matrix. The host launches the same kernels either way.
 """
 
-# Triton annotates what a kernel takes on the device, not what a launch takes.
+# Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
+from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.rounding_triton import rounded
-from sae_lens_matryoshka.kernels.selection import Codes
 
-_SCORES = 1024  # of one row, that a program looks at at once
-_PROGRAMS = 2048  # fill a GPU; what returns at once costs the less, the fewer there are of it
-_ROOM = 16  # candidates there is room for, as a multiple of the codes to keep
-_DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, number of values) of a key's 31 bits
+_SCORES = 1024  # scores of one row that a program reads at once
+_PROGRAMS = 2048  # enough to fill a GPU; a launch that returns at once costs less with fewer
+_CAPACITY = 16  # of the candidates' buffer, as a multiple of the codes to keep
+_DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, number of values) in a key's 31 bits
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -35,13 +35,13 @@ def select(
     b_enc: torch.Tensor,
     norms: torch.Tensor | None,
     n_keep: int,
-    floor: torch.Tensor | float | None,
+    floor: float | torch.Tensor | None,
 ) -> Codes:
-    """As `selection.select`, but for three things.
+    """As `selection.select`, with three differences.
 
-    Of scores that tie at the cut, those of the lowest rows, and in a row of the lowest latents, are
-    kept. There are always `n_keep` codes, of which the first `n_used` count. Only a tensor is taken
-    as a floor: what another implementation left as a number would have to be copied to the device.
+    Of scores that tie at the cut, those of the lowest rows are kept, and within a row those of the
+    lowest latents. There are always `n_keep` codes, the last of them padding if fewer scores are
+    positive. A floor that is no tensor is ignored: to use it, the host would have to wait.
     """
     product = x @ W_enc
     (n_rows, n_latents), device = product.shape, x.device
@@ -49,17 +49,17 @@ def select(
     score_dtype = pre_dtype if norms is None else torch.promote_types(pre_dtype, norms.dtype)
     pre_acts = torch.empty(n_keep, dtype=pre_dtype, device=device)
     scores = torch.empty(n_keep, dtype=score_dtype, device=device)
-    places = torch.empty(2, n_keep, dtype=torch.int64, device=device)
+    rows, latents = torch.empty(2, n_keep, dtype=torch.int64, device=device)
     if n_keep == 0:
-        return Codes(places[0], places[1], scores, pre_acts, 0.0)
+        return Codes(rows, latents, scores, pre_acts, 0.0)
 
     blocks_per_row = triton.cdiv(n_latents, _SCORES)
     n_blocks = n_rows * blocks_per_row
-    room = min(_ROOM * n_keep, product.numel())
+    capacity = min(_CAPACITY * n_keep, product.numel())
     matrix: dict[str, Any] = {
-        "product": product,
-        "b_enc": b_enc,
-        "norms": norms if norms is not None else b_enc,
+        "product_ptr": product,
+        "b_enc_ptr": b_enc,
+        "norms_ptr": norms if norms is not None else b_enc,
         "n_latents": n_latents,
         "blocks_per_row": blocks_per_row,
         "n_blocks": n_blocks,
@@ -70,59 +70,67 @@ def select(
     }
     if isinstance(floor, torch.Tensor):
         limit = floor.float().clamp(min=0).reshape(1).view(torch.int32)
-    else:  # nothing is known of the cut
+    else:
         limit = torch.zeros(1, dtype=torch.int32, device=device)
     wanted = torch.empty(1, dtype=torch.int64, device=device)
-    is_wrong = torch.ones_like(limit)
+    is_floor_wrong = torch.ones_like(limit)
     grid = (min(n_blocks, _PROGRAMS),)
 
     counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
-    _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
-    _judge_floor[(1,)](counts[0].sum(), limit, wanted, is_wrong, n_keep, room)
+    _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, runs_ptr=is_floor_wrong)
+    _judge_floor[(1,)](counts[0].sum(), limit, wanted, is_floor_wrong, n_keep, capacity)
     for shift, n_values in _DIGITS:
-        search = _search(limit, wanted, is_wrong, shift, n_values)
-        _histogram[grid](**matrix, **search)
-        _narrow[(1,)](**search)
-    _count[grid](**matrix, counts=counts, limit=limit, runs=is_wrong)
+        histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
+        _histogram[grid](
+            **matrix,
+            limit_ptr=limit,
+            histogram_ptr=histogram,
+            runs_ptr=is_floor_wrong,
+            SHIFT=shift,
+            N_VALUES=n_values,
+        )
+        _find_digit[(1,)](limit, wanted, histogram, is_floor_wrong, shift, n_values)
+    _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, runs_ptr=is_floor_wrong)
 
-    keys = torch.zeros(room, dtype=torch.int32, device=device)
-    flat_places = torch.empty(room, dtype=torch.int64, device=device)
-    candidates = torch.empty(room, dtype=pre_dtype, device=device)
+    keys = torch.zeros(capacity, dtype=torch.int32, device=device)
+    flat_index = torch.empty(capacity, dtype=torch.int64, device=device)
+    candidates = torch.empty(capacity, dtype=pre_dtype, device=device)
     _pick_candidates[grid](
         **matrix,
-        counts=counts,
-        sums=counts.cumsum(1),
-        limit=limit,
+        counts_ptr=counts,
+        sums_ptr=counts.cumsum(1),
+        limit_ptr=limit,
         n_keep=n_keep,
-        keys=keys,
-        flat_places=flat_places,
-        candidates=candidates,
-        room=room,
+        keys_ptr=keys,
+        flat_index_ptr=flat_index,
+        candidates_ptr=candidates,
+        capacity=capacity,
     )
 
-    cut, wanted = torch.zeros_like(limit), torch.full_like(wanted, n_keep)
-    always, n_blocks = torch.ones_like(limit), triton.cdiv(room, _SCORES)
+    cut, wanted, always = torch.zeros_like(limit), wanted.fill_(n_keep), torch.ones_like(limit)
+    n_blocks = triton.cdiv(capacity, _SCORES)
     for shift, n_values in _DIGITS:
-        search = _search(cut, wanted, always, shift, n_values)
+        histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
         _histogram_keys[(min(n_blocks, _PROGRAMS),)](
-            keys=keys, room=room, n_blocks=n_blocks, **search, SCORES=_SCORES
+            keys, cut, histogram, capacity, n_blocks, shift, n_values, _SCORES
         )
-        _narrow[(1,)](**search)
+        _find_digit[(1,)](cut, wanted, histogram, always, shift, n_values)
     counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
-    _count_keys[(n_blocks,)](keys, counts, cut, room, n_blocks, _SCORES)
-    n_used = torch.empty((), dtype=torch.int64, device=device)
+    _count_keys[(n_blocks,)](keys, counts, cut, capacity, n_blocks, _SCORES)
+    n_valid = torch.empty((), dtype=torch.int64, device=device)
     _pick_codes[(n_blocks,)](
         keys,
-        flat_places,
+        flat_index,
         candidates,
         counts,
         counts.cumsum(1),
         cut,
-        places,
+        rows,
+        latents,
         scores,
         pre_acts,
-        n_used,
-        room,
+        n_valid,
+        capacity,
         n_blocks,
         n_keep,
         n_rows,
@@ -130,32 +138,14 @@ def select(
         _DTYPES[score_dtype],
         _SCORES,
     )
-    return Codes(places[0], places[1], scores, pre_acts, cut.view(torch.float32)[0], n_used)
-
-
-def _search(
-    limit: torch.Tensor, wanted: torch.Tensor, runs: torch.Tensor, shift: int, n_values: int
-) -> dict[str, Any]:
-    """Arguments of the kernels that find the next digit of the n-th largest key.
-
-    `limit` has the digits found so far. `wanted` is how many are still wanted among the keys that
-    share these: n at first, and −1 once it is known that fewer than n keys are above 0.
-    """
-    return {
-        "limit": limit,
-        "wanted": wanted,
-        "histogram": torch.zeros(n_values, dtype=torch.int64, device=limit.device),
-        "runs": runs,
-        "SHIFT": shift,
-        "N_VALUES": n_values,
-    }
+    return Codes(rows, latents, scores, pre_acts, cut.view(torch.float32)[0], n_valid)
 
 
 @triton.jit
 def _keys_of(
-    product,
-    b_enc,
-    norms,
+    product_ptr,  # (B, d_sae) x @ W_enc
+    b_enc_ptr,  # (d_sae,)
+    norms_ptr,  # (d_sae,)
     block,
     n_latents,
     blocks_per_row,
@@ -164,71 +154,101 @@ def _keys_of(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """Keys, flat places and pre-activations of a block; rounded as dense code rounds them."""
+    """Keys, flat indices and pre-activations of a block, rounded as dense code rounds them."""
     row = (block // blocks_per_row).to(tl.int64)
     latents = (block % blocks_per_row) * SCORES + tl.arange(0, SCORES)
     mask = latents < n_latents
-    places = row * n_latents + latents
-    pre_acts = tl.load(product + places, mask=mask, other=0.0).to(tl.float32)
-    pre_acts += tl.load(b_enc + latents, mask=mask, other=0.0).to(tl.float32)
+    flat_index = row * n_latents + latents
+    pre_acts = tl.load(product_ptr + flat_index, mask=mask, other=0.0).to(tl.float32)
+    pre_acts += tl.load(b_enc_ptr + latents, mask=mask, other=0.0).to(tl.float32)
     pre_acts = rounded(pre_acts, PRE).to(tl.float32)
     scores = pre_acts
     if HAS_NORMS:
-        scores *= tl.load(norms + latents, mask=mask, other=0.0).to(tl.float32)
+        scores *= tl.load(norms_ptr + latents, mask=mask, other=0.0).to(tl.float32)
         scores = rounded(scores, SCORE).to(tl.float32)
     keys = tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.where(mask, keys, 0), places, pre_acts
+    return tl.where(mask, keys, 0), flat_index, pre_acts
 
 
 @triton.jit
-def _store_counts(counts, block, n_blocks, keys, limit):
-    tl.store(counts + block, tl.sum((keys > limit).to(tl.int64), 0))
-    tl.store(counts + n_blocks + block, tl.sum((keys == limit).to(tl.int64), 0))
+def _store_counts(
+    counts_ptr,  # (2, n_blocks) int64, written: keys of each block above the limit, and at it
+    block,
+    n_blocks,
+    keys,
+    limit,
+):
+    tl.store(counts_ptr + block, tl.sum((keys > limit).to(tl.int64), 0))
+    tl.store(counts_ptr + n_blocks + block, tl.sum((keys == limit).to(tl.int64), 0))
 
 
 @triton.jit
 def _count(
-    product,
-    b_enc,
-    norms,
+    product_ptr,  # (B, d_sae)
+    b_enc_ptr,  # (d_sae,)
+    norms_ptr,  # (d_sae,)
     n_latents,
     blocks_per_row,
     n_blocks,
-    counts,
-    limit,
-    runs,
+    counts_ptr,  # (2, n_blocks) int64, written
+    limit_ptr,  # (1,) int32 key
+    runs_ptr,  # (1,) int32, 0 to return at once
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
     """How many scores of each block are above the limit, and how many at it."""
-    if tl.load(runs) == 0:
+    if tl.load(runs_ptr) == 0:
         return
-    cut = tl.load(limit)
+    limit = tl.load(limit_ptr)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         keys, _, _ = _keys_of(
-            product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
+            product_ptr,
+            b_enc_ptr,
+            norms_ptr,
+            block,
+            n_latents,
+            blocks_per_row,
+            HAS_NORMS,
+            PRE,
+            SCORE,
+            SCORES,
         )
-        _store_counts(counts, block, n_blocks, keys, cut)
+        _store_counts(counts_ptr, block, n_blocks, keys, limit)
 
 
 @triton.jit
-def _count_keys(keys, counts, limit, room, n_blocks, SCORES: tl.constexpr):
+def _count_keys(
+    keys_ptr,  # (capacity,) int32
+    counts_ptr,  # (2, n_blocks) int64, written
+    limit_ptr,  # (1,) int32 key
+    capacity,
+    n_blocks,
+    SCORES: tl.constexpr,
+):
+    """As `_count`, over the candidates."""
     block = tl.program_id(0)
     slots = block * SCORES + tl.arange(0, SCORES)
     # −1 is neither above a limit nor at it
-    own = tl.load(keys + slots, mask=slots < room, other=-1)
-    _store_counts(counts, block, n_blocks, own, tl.load(limit))
+    keys = tl.load(keys_ptr + slots, mask=slots < capacity, other=-1)
+    _store_counts(counts_ptr, block, n_blocks, keys, tl.load(limit_ptr))
 
 
 @triton.jit
-def _judge_floor(n_above, limit, wanted, is_wrong, n_keep, room):
-    """Whether the scores above the floor hold all that are to be kept, and can be held."""
-    n = tl.load(n_above)
-    wrong = (n > room) | ((n < n_keep) & (tl.load(limit) > 0))
-    tl.store(is_wrong, wrong.to(tl.int32))
-    tl.store(wanted, tl.zeros_like(n) + n_keep)
+def _judge_floor(
+    n_above_ptr,  # () int64
+    limit_ptr,  # (1,) int32 key
+    wanted_ptr,  # (1,) int64, written: n_keep
+    is_floor_wrong_ptr,  # (1,) int32, written
+    n_keep,
+    capacity,
+):
+    """A right floor has at least `n_keep` scores above it, and no more than fit the buffer."""
+    n = tl.load(n_above_ptr)
+    wrong = (n > capacity) | ((n < n_keep) & (tl.load(limit_ptr) > 0))
+    tl.store(is_floor_wrong_ptr, wrong.to(tl.int32))
+    tl.store(wanted_ptr, tl.zeros_like(n) + n_keep)
 
 
 @triton.jit
@@ -238,7 +258,7 @@ def _digits(keys, found, SHIFT: tl.constexpr, N_VALUES: tl.constexpr):
     shared = keys > 0
     if SHIFT < 20:
         shared &= digits // N_VALUES == found // N_VALUES
-    # the others are counted as zeros, and taken off again
+    # tl.histogram takes no mask: count the other keys as zeros and subtract them
     n = tl.histogram(tl.where(shared, digits % N_VALUES, 0), N_VALUES)
     n_others = tl.sum(tl.where(shared, 0, 1), 0)
     return n - tl.where(tl.arange(0, N_VALUES) == 0, n_others, 0)
@@ -246,16 +266,15 @@ def _digits(keys, found, SHIFT: tl.constexpr, N_VALUES: tl.constexpr):
 
 @triton.jit
 def _histogram(
-    product,
-    b_enc,
-    norms,
+    product_ptr,  # (B, d_sae)
+    b_enc_ptr,  # (d_sae,)
+    norms_ptr,  # (d_sae,)
     n_latents,
     blocks_per_row,
     n_blocks,
-    limit,
-    wanted,
-    histogram,
-    runs,
+    limit_ptr,  # (1,) int32 key, of the digits found so far
+    histogram_ptr,  # (N_VALUES,) int64, added to
+    runs_ptr,  # (1,) int32, 0 to return at once
     SHIFT: tl.constexpr,
     N_VALUES: tl.constexpr,
     HAS_NORMS: tl.constexpr,
@@ -263,109 +282,135 @@ def _histogram(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    if tl.load(runs) == 0:
+    """The histogram of the next digit over the whole matrix."""
+    if tl.load(runs_ptr) == 0:
         return
-    found = tl.load(limit) >> SHIFT
+    found = tl.load(limit_ptr) >> SHIFT
     n = tl.zeros((N_VALUES,), tl.int32)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         keys, _, _ = _keys_of(
-            product, b_enc, norms, block, n_latents, blocks_per_row, HAS_NORMS, PRE, SCORE, SCORES
+            product_ptr,
+            b_enc_ptr,
+            norms_ptr,
+            block,
+            n_latents,
+            blocks_per_row,
+            HAS_NORMS,
+            PRE,
+            SCORE,
+            SCORES,
         )
         n += _digits(keys, found, SHIFT, N_VALUES)
-    tl.atomic_add(histogram + tl.arange(0, N_VALUES), n.to(tl.int64), mask=n > 0, sem="relaxed")
+    values = tl.arange(0, N_VALUES)
+    tl.atomic_add(histogram_ptr + values, n.to(tl.int64), mask=n > 0, sem="relaxed")
 
 
 @triton.jit
 def _histogram_keys(
-    keys,
-    room,
+    keys_ptr,  # (capacity,) int32
+    limit_ptr,  # (1,) int32 key, of the digits found so far
+    histogram_ptr,  # (N_VALUES,) int64, added to
+    capacity,
     n_blocks,
-    limit,
-    wanted,
-    histogram,
-    runs,
     SHIFT: tl.constexpr,
     N_VALUES: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    found = tl.load(limit) >> SHIFT
+    """The histogram of the next digit over the candidates."""
+    found = tl.load(limit_ptr) >> SHIFT
     n = tl.zeros((N_VALUES,), tl.int32)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         slots = block * SCORES + tl.arange(0, SCORES)
-        own = tl.load(keys + slots, mask=slots < room, other=0)
-        n += _digits(own, found, SHIFT, N_VALUES)
-    tl.atomic_add(histogram + tl.arange(0, N_VALUES), n.to(tl.int64), mask=n > 0, sem="relaxed")
+        keys = tl.load(keys_ptr + slots, mask=slots < capacity, other=0)
+        n += _digits(keys, found, SHIFT, N_VALUES)
+    values = tl.arange(0, N_VALUES)
+    tl.atomic_add(histogram_ptr + values, n.to(tl.int64), mask=n > 0, sem="relaxed")
 
 
 @triton.jit
-def _narrow(limit, wanted, histogram, runs, SHIFT: tl.constexpr, N_VALUES: tl.constexpr):
-    """The next digit of the cut: the largest with enough keys at it and above."""
-    if tl.load(runs) == 0:
+def _find_digit(
+    limit_ptr,  # (1,) int32 key, of the digits found so far
+    wanted_ptr,  # (1,) int64, the n-th largest of the keys that share them; −1 if n aren't positive
+    histogram_ptr,  # (N_VALUES,) int64
+    runs_ptr,  # (1,) int32, 0 to return at once
+    SHIFT: tl.constexpr,
+    N_VALUES: tl.constexpr,
+):
+    """The next digit of the n-th largest key: the largest with enough keys at it and above."""
+    if tl.load(runs_ptr) == 0:
         return
-    n_wanted = tl.load(wanted)
+    n_wanted = tl.load(wanted_ptr)
     if n_wanted < 0:
         return
     values = tl.arange(0, N_VALUES)
-    n = tl.load(histogram + values)
+    n = tl.load(histogram_ptr + values)
     at_least = tl.sum(n, 0) - tl.cumsum(n, 0) + n
     digit = tl.sum((at_least >= n_wanted).to(tl.int32), 0) - 1
-    found = tl.load(limit)
+    found = tl.load(limit_ptr)
     if SHIFT == 20:
         found = found * 0
-    if digit < 0:  # fewer scores than wanted are above 0: all of them are kept
-        tl.store(limit, found * 0)
-        tl.store(wanted, n_wanted * 0 - 1)
+    if digit < 0:  # fewer than n scores are positive: all of them are kept
+        tl.store(limit_ptr, found * 0)
+        tl.store(wanted_ptr, n_wanted * 0 - 1)
     else:
-        tl.store(limit, found + (digit << SHIFT))
-        tl.store(wanted, n_wanted - tl.sum(tl.where(values > digit, n, 0), 0))
+        tl.store(limit_ptr, found + (digit << SHIFT))
+        tl.store(wanted_ptr, n_wanted - tl.sum(tl.where(values > digit, n, 0), 0))
 
 
 @triton.jit
-def _slots(keys, block, counts, sums, n_blocks, limit, n_keep):
-    """Which keys of a block are picked, and where they go.
+def _slots(
+    keys,
+    block,
+    counts_ptr,  # (2, n_blocks) int64
+    sums_ptr,  # (2, n_blocks) int64, running sums of the counts
+    n_blocks,
+    limit,
+    n_keep,
+):
+    """Which keys of a block are picked, and their slots.
 
-    All above the limit are, and of those at it as many as are missing, the first ones. Zeros, of
-    which there is no end, are not.
+    All above the limit are picked, and of those at it the first ones, up to `n_keep` in all. Keys
+    of 0 never are.
     """
-    n_above = tl.load(sums + n_blocks - 1)
+    n_above = tl.load(sums_ptr + n_blocks - 1)
     n_ties = tl.where(limit > 0, tl.maximum(n_keep - n_above, 0), 0)
-    above_before = tl.load(sums + block) - tl.load(counts + block)
-    ties_before = tl.load(sums + n_blocks + block) - tl.load(counts + n_blocks + block)
+    above_before = tl.load(sums_ptr + block) - tl.load(counts_ptr + block)
+    ties_before = tl.load(sums_ptr + n_blocks + block) - tl.load(counts_ptr + n_blocks + block)
     ties = keys == limit
-    own_ties = ties & (ties_before + tl.cumsum(ties.to(tl.int64), 0) <= n_ties)
-    picked = (keys > limit) | own_ties
+    picked_ties = ties & (ties_before + tl.cumsum(ties.to(tl.int64), 0) <= n_ties)
+    picked = (keys > limit) | picked_ties
     before = above_before + tl.minimum(ties_before, n_ties)
     return picked, before + tl.cumsum(picked.to(tl.int64), 0) - 1
 
 
 @triton.jit
 def _pick_candidates(
-    product,
-    b_enc,
-    norms,
+    product_ptr,  # (B, d_sae)
+    b_enc_ptr,  # (d_sae,)
+    norms_ptr,  # (d_sae,)
     n_latents,
     blocks_per_row,
     n_blocks,
-    counts,
-    sums,
-    limit,
+    counts_ptr,  # (2, n_blocks) int64
+    sums_ptr,  # (2, n_blocks) int64
+    limit_ptr,  # (1,) int32 key
     n_keep,
-    keys,
-    flat_places,
-    candidates,
-    room,
+    keys_ptr,  # (capacity,) int32, written
+    flat_index_ptr,  # (capacity,) int64, written: row * d_sae + latent
+    candidates_ptr,  # (capacity,) pre-activations, written
+    capacity,
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    cut = tl.load(limit)
+    limit = tl.load(limit_ptr)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        if tl.load(counts + block) + tl.load(counts + n_blocks + block) > 0:
-            own, places, pre_acts = _keys_of(
-                product,
-                b_enc,
-                norms,
+        if tl.load(counts_ptr + block) + tl.load(counts_ptr + n_blocks + block) > 0:
+            keys, flat_index, pre_acts = _keys_of(
+                product_ptr,
+                b_enc_ptr,
+                norms_ptr,
                 block,
                 n_latents,
                 blocks_per_row,
@@ -374,26 +419,27 @@ def _pick_candidates(
                 SCORE,
                 SCORES,
             )
-            picked, slots = _slots(own, block, counts, sums, n_blocks, cut, n_keep)
-            picked &= slots < room
-            tl.store(keys + slots, own, mask=picked)
-            tl.store(flat_places + slots, places, mask=picked)
-            tl.store(candidates + slots, pre_acts.to(PRE), mask=picked)
+            picked, slots = _slots(keys, block, counts_ptr, sums_ptr, n_blocks, limit, n_keep)
+            picked &= slots < capacity
+            tl.store(keys_ptr + slots, keys, mask=picked)
+            tl.store(flat_index_ptr + slots, flat_index, mask=picked)
+            tl.store(candidates_ptr + slots, pre_acts.to(PRE), mask=picked)
 
 
 @triton.jit
 def _pick_codes(
-    keys,
-    flat_places,
-    candidates,
-    counts,
-    sums,
-    limit,
-    places,
-    scores,
-    pre_acts,
-    n_used,
-    room,
+    keys_ptr,  # (capacity,) int32
+    flat_index_ptr,  # (capacity,) int64
+    candidates_ptr,  # (capacity,) pre-activations
+    counts_ptr,  # (2, n_blocks) int64
+    sums_ptr,  # (2, n_blocks) int64
+    cut_ptr,  # (1,) int32 key
+    rows_ptr,  # (n_keep,) int64, written
+    latents_ptr,  # (n_keep,) int64, written
+    scores_ptr,  # (n_keep,), written
+    pre_acts_ptr,  # (n_keep,), written
+    n_valid_ptr,  # () int64, written
+    capacity,
     n_blocks,
     n_keep,
     n_rows,
@@ -402,25 +448,25 @@ def _pick_codes(
     SCORES: tl.constexpr,
 ):
     block = tl.program_id(0)
-    cut = tl.load(limit)
-    own_slots = block * SCORES + tl.arange(0, SCORES)
-    mask = own_slots < room
-    own = tl.load(keys + own_slots, mask=mask, other=-1)
-    picked, slots = _slots(own, block, counts, sums, n_blocks, cut, n_keep)
-    flat = tl.load(flat_places + own_slots, mask=picked, other=0)
-    tl.store(places + slots, flat // n_latents, mask=picked)
-    tl.store(places + n_keep + slots, flat % n_latents, mask=picked)
-    tl.store(scores + slots, own.to(tl.float32, bitcast=True).to(SCORE), mask=picked)
-    values = tl.load(candidates + own_slots, mask=picked, other=0.0)
-    tl.store(pre_acts + slots, values, mask=picked)
+    cut = tl.load(cut_ptr)
+    slots = block * SCORES + tl.arange(0, SCORES)
+    mask = slots < capacity
+    keys = tl.load(keys_ptr + slots, mask=mask, other=-1)
+    picked, code = _slots(keys, block, counts_ptr, sums_ptr, n_blocks, cut, n_keep)
+    flat_index = tl.load(flat_index_ptr + slots, mask=picked, other=0)
+    tl.store(rows_ptr + code, flat_index // n_latents, mask=picked)
+    tl.store(latents_ptr + code, flat_index % n_latents, mask=picked)
+    tl.store(scores_ptr + code, keys.to(tl.float32, bitcast=True).to(SCORE), mask=picked)
+    values = tl.load(candidates_ptr + slots, mask=picked, other=0.0)
+    tl.store(pre_acts_ptr + code, values, mask=picked)
 
-    # there is room for more candidates than codes, so some program looks after each unused slot
-    used = tl.where(cut > 0, n_keep, tl.load(sums + n_blocks - 1))
+    # capacity is at least n_keep, so the programs together write every code of the padding
+    n_valid = tl.where(cut > 0, n_keep, tl.load(sums_ptr + n_blocks - 1))
     if block == 0:
-        tl.store(n_used, used)
-    unused = (own_slots >= used) & (own_slots < n_keep)
-    nothing = tl.zeros_like(own)
-    tl.store(places + own_slots, (nothing + n_rows - 1).to(tl.int64), mask=unused)
-    tl.store(places + n_keep + own_slots, (nothing + n_latents - 1).to(tl.int64), mask=unused)
-    tl.store(scores + own_slots, nothing.to(SCORE), mask=unused)
-    tl.store(pre_acts + own_slots, nothing.to(pre_acts.dtype.element_ty), mask=unused)
+        tl.store(n_valid_ptr, n_valid)
+    padding = (slots >= n_valid) & (slots < n_keep)
+    zeros = tl.zeros_like(keys)
+    tl.store(rows_ptr + slots, (zeros + n_rows - 1).to(tl.int64), mask=padding)
+    tl.store(latents_ptr + slots, (zeros + n_latents - 1).to(tl.int64), mask=padding)
+    tl.store(scores_ptr + slots, zeros.to(SCORE), mask=padding)
+    tl.store(pre_acts_ptr + slots, zeros.to(pre_acts_ptr.dtype.element_ty), mask=padding)

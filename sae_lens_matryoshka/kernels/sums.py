@@ -1,56 +1,24 @@
-"""The sparse arithmetic of a step in PyTorch, for any device and floating dtype.
+"""Sums over codes in PyTorch: residuals of every level, gradients of codes and of weights.
 
-These are the twins that the Triton kernels are tested against. The sums are embedding bags: a bag
-is a run of consecutive codes, its embedding a weighted sum of matrix rows. Indices are int32
-throughout, half the traffic of int64 and enough for any dictionary.
+A sum over codes is an embedding bag: a bag is a run of consecutive codes, its embedding a weighted
+sum of matrix rows. Indices are int32, half the traffic of int64 and enough for any dictionary.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn.functional import embedding_bag
 
-from sae_lens_matryoshka.kernels.layout import Layout
-from sae_lens_matryoshka.kernels.selection import Codes
-from sae_lens_matryoshka.training.options import StopGradient
+from sae_lens_matryoshka.kernels.codes import Layout
+
+StopGradient = Literal["none", "all", "inner"]
 
 _SUM = 0  # embedding_bag's number for mode="sum"
 
 
-def order(
-    codes: Codes, batch_size: int, levels: torch.Tensor, n_levels: int, are_levels_ascending: bool
-) -> tuple[Codes, Layout]:
-    """The codes by row and within a row by level, and their layout.
-
-    Args:
-        codes: By row and within a row by latent.
-        batch_size: B.
-        levels: (d_sae,) int32, the level of each latent, from 0 on.
-        n_levels: P.
-        are_levels_ascending: Whether `levels` rises with the latents, so that the codes are in
-            order already.
-    """
-    bags = codes.rows.int() * n_levels + levels[codes.latents]
-    if not are_levels_ascending:
-        bags, places = bags.sort(stable=True)
-        codes = codes.in_order(places)
-    latents = codes.latents.int()
-    ascending, by_latent = latents.sort(stable=True)
-    return codes, Layout(
-        latents=latents,
-        bags=bags,
-        bag_starts=_starts(bags, batch_size * n_levels),
-        by_latent=by_latent.int(),
-        latent_starts=_starts(ascending, len(levels)),
-    )
-
-
-def _starts(bags: torch.Tensor, n_bags: int) -> torch.Tensor:
-    numbers = torch.arange(n_bags + 1, device=bags.device, dtype=bags.dtype)
-    return torch.searchsorted(bags, numbers, out_int32=True)
-
-
-def residuals(
+def level_residuals(
     acts: torch.Tensor,
     W_dec: torch.Tensor,
     b_dec: torch.Tensor,
@@ -58,7 +26,7 @@ def residuals(
     layout: Layout,
     n_levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What every level leaves over of the activations, and what it costs.
+    """The residual of every level, and its loss.
 
     Args:
         acts: (n,) values of the codes.
@@ -69,20 +37,21 @@ def residuals(
         n_levels: P.
 
     Returns:
-        (B, P, d_in) reconstruction minus activation, (P,) its squared norm averaged over the batch,
-        and the outermost level's reconstruction (B, d_in).
+        (B, P, d_in) reconstruction minus target; (P,) its squared norm, averaged over the batch;
+        (B, d_in) reconstruction of the outermost level.
     """
-    left = _sum_bags(W_dec, layout.latents, layout.bag_starts, acts.to(W_dec.dtype))
-    left = left.to(torch.promote_types(W_dec.dtype, target.dtype)).view(len(target), n_levels, -1)
-    left[:, 0] += b_dec - target
+    increments = _sum_bags(W_dec, layout.latents, layout.bag_starts, acts.to(W_dec.dtype))
+    dtype = torch.promote_types(W_dec.dtype, target.dtype)
+    residuals = increments.to(dtype).view(len(target), n_levels, -1)
+    residuals[:, 0] += b_dec - target
     for level in range(1, n_levels):
-        left[:, level] += left[:, level - 1]
+        residuals[:, level] += residuals[:, level - 1]
     # the norm reads the residuals once; their squares would be a second buffer of that size
-    losses = torch.linalg.vector_norm(left, dim=-1).square().mean(0)
-    return left, losses, left[:, -1] + target
+    losses = torch.linalg.vector_norm(residuals, dim=-1).square().mean(0)
+    return residuals, losses, residuals[:, -1] + target
 
 
-def gradients(
+def level_gradients(
     residuals: torch.Tensor,
     scales: torch.Tensor,
     grad_sae_out: torch.Tensor | None,
@@ -90,18 +59,18 @@ def gradients(
     W_dec: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """R_g of every row and level, and what follows from it.
+    """R_g of every row and level (see `training.objective`), and the gradients that follow from it.
 
     Args:
-        residuals: (B, P, d_in), as `residuals` gives them.
-        scales: (P,) what each level's residual is multiplied with: (2 / B) ∂L/∂L_p.
-        grad_sae_out: (B, d_in) gradient to the outermost reconstruction besides, or None.
-        stop_gradient: See `options.NestedOptions`.
+        residuals: (B, P, d_in), as `level_residuals` returns them.
+        scales: (P,) factor of each level's residual: (2 / B) ∂L/∂L_p.
+        grad_sae_out: (B, d_in) further gradient to the outermost reconstruction, or None.
+        stop_gradient: See `training.options.NestedOptions`.
         W_dec: (d_sae, d_in).
         layout: Of the codes.
 
     Returns:
-        (B · P, d_in) R_g, in the dtype of W_dec; (n,) gradients of the codes; (d_in,) of b_dec.
+        (B * P, d_in) R_g, in the dtype of W_dec; (n,) gradients of the codes; (d_in,) of b_dec.
     """
     mixed = residuals * scales[:, None]
     if grad_sae_out is not None:
@@ -121,12 +90,12 @@ def gradients(
 def sum_by_latent(
     matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ_{codes i of latent j} weights_i · matrix[rows_i], a weight's gradient, and Σ weights_i.
+    """A weight's gradient: Σ_{codes i of latent j} weights_i · matrix[rows_i], and Σ weights_i.
 
     Args:
         matrix: (m, d).
-        rows: (n,) int32, the row of the matrix that each code takes.
-        weights: (n,) of the matrix' dtype.
+        rows: (n,) int32, the matrix row of each code.
+        weights: (n,) in the dtype of the matrix.
         layout: Of the codes.
 
     Returns:
@@ -147,8 +116,8 @@ def _sum_bags(
 
 
 def _dot_bags(per_bag: torch.Tensor, matrix: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """⟨per_bag[bags_i], matrix[latents_i]⟩ of every code, (n,)."""
-    # gathering both sides first would copy n rows twice; this reads each row once
+    """(n,) ⟨per_bag[bags_i], matrix[latents_i]⟩ of every code i."""
+    # gathering both factors first would copy n rows twice; this reads each row once
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         per_bag, matrix, layout.latents, layout.bag_starts, layout.bags, _SUM
     )

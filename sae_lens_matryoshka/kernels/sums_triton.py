@@ -1,11 +1,10 @@
-"""The sums over codes in Triton: reconstructions, the gradients of codes, those of weights.
+"""Sums over codes in Triton: residuals of every level, gradients of codes and of weights.
 
-Every number is written once, by one program, which adds in the order of the codes: there are no
-atomic additions of floats, and equal inputs give equal bits. Sums are float32, whatever the dtype
-of the weights.
+Every number is written once, by one program, which adds in the order of the codes. No float is
+added atomically, so equal inputs give equal bits. Sums are float32, whatever the weights' dtype.
 """
 
-# Triton annotates what a kernel takes on the device, not what a launch takes.
+# Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_lens_matryoshka.kernels.layout import Layout
+from sae_lens_matryoshka.kernels.codes import Layout
 from sae_lens_matryoshka.kernels.rounding_triton import rounded
-from sae_lens_matryoshka.training.options import StopGradient
+from sae_lens_matryoshka.kernels.sums import StopGradient
 
-# Elements of weight rows that a program has in flight: enough loads at once to hide their latency,
-# few enough to stay in registers.
-_TILE = 4096
+_TILE = (
+    4096  # elements that a program loads at once: enough to hide latency, few enough for registers
+)
 _WIDEST_BLOCK = 512  # elements of a row that a program handles at once
 
 
-def residuals(
+def level_residuals(
     acts: torch.Tensor,
     W_dec: torch.Tensor,
     b_dec: torch.Tensor,
@@ -32,12 +31,12 @@ def residuals(
     layout: Layout,
     n_levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `eager.residuals`: one pass over the codes of a row, level by level."""
+    """As `sums.level_residuals`: one pass over the codes of a row, level by level."""
     (batch_size, d_in), target = target.shape, target.contiguous()
     dtype = torch.promote_types(W_dec.dtype, target.dtype)
     width, n_codes = _tile(d_in)
     n_blocks = triton.cdiv(d_in, width)
-    left = torch.empty(batch_size, n_levels, d_in, dtype=dtype, device=target.device)
+    residuals = torch.empty(batch_size, n_levels, d_in, dtype=dtype, device=target.device)
     sae_out = torch.empty(batch_size, d_in, dtype=dtype, device=target.device)
     squares = torch.empty(
         n_levels, batch_size * n_blocks, dtype=torch.float32, device=target.device
@@ -49,7 +48,7 @@ def residuals(
         target,
         layout.latents,
         layout.bag_starts,
-        left,
+        residuals,
         sae_out,
         squares,
         d_in,
@@ -59,10 +58,10 @@ def residuals(
         width,
         n_codes,
     )
-    return left, (squares.sum(1) / batch_size).to(dtype), sae_out
+    return residuals, (squares.sum(1) / batch_size).to(dtype), sae_out
 
 
-def gradients(
+def level_gradients(
     residuals: torch.Tensor,
     scales: torch.Tensor,
     grad_sae_out: torch.Tensor | None,
@@ -70,7 +69,7 @@ def gradients(
     W_dec: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `eager.gradients`: one kernel mixes the residuals, one meets the mixes with the codes."""
+    """As `sums.level_gradients`: one kernel mixes the residuals, one takes the dot products."""
     (batch_size, n_levels, d_in), n = residuals.shape, len(layout.latents)
     width, n_codes = _tile(d_in)
     n_blocks = triton.cdiv(d_in, width)
@@ -112,7 +111,7 @@ def gradients(
 def sum_by_latent(
     matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `eager.sum_by_latent`: one program for each latent and block of columns."""
+    """As `sums.sum_by_latent`: one program for each latent and block of columns."""
     d, d_sae = matrix.shape[1], len(layout.latent_starts) - 1
     width, n_codes = _tile(d)
     n_blocks = triton.cdiv(d, width)
@@ -141,23 +140,31 @@ def _tile(d: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _gather(matrix, rows, own, d, columns, mask):
-    """Columns of some rows of a matrix (m, d), as float32; zeros where there is no own row."""
-    places = rows.to(tl.int64)[:, None] * d + columns[None, :]
-    return tl.load(matrix + places, mask=own[:, None] & mask[None, :], other=0.0).to(tl.float32)
+def _gather(
+    matrix_ptr,  # (m, d)
+    rows,
+    row_mask,
+    d,
+    columns,
+    column_mask,
+):
+    """(rows, columns) of a matrix as float32; 0 where a mask is false."""
+    offsets = rows.to(tl.int64)[:, None] * d + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    return tl.load(matrix_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _residuals(
-    acts,
-    W_dec,
-    b_dec,
-    target,
-    latents,
-    bag_starts,
-    left,
-    sae_out,
-    squares,
+    acts_ptr,  # (n,)
+    W_dec_ptr,  # (d_sae, d_in)
+    b_dec_ptr,  # (d_in,)
+    target_ptr,  # (B, d_in)
+    latents_ptr,  # (n,) int32
+    bag_starts_ptr,  # (B * P + 1,) int32
+    residuals_ptr,  # (B, P, d_in), written
+    sae_out_ptr,  # (B, d_in), written
+    squares_ptr,  # (P, n_programs) float32, written
     d_in,
     n_blocks,
     n_levels,
@@ -165,35 +172,37 @@ def _residuals(
     WIDTH: tl.constexpr,
     CODES: tl.constexpr,
 ):
+    """One program sums the codes of one row, over one block of columns."""
     program = tl.program_id(0)
     row = (program // n_blocks).to(tl.int64)
     columns = (program % n_blocks) * WIDTH + tl.arange(0, WIDTH)
     mask = columns < d_in
-    x = tl.load(target + row * d_in + columns, mask=mask, other=0.0).to(tl.float32)
-    sums = tl.load(b_dec + columns, mask=mask, other=0.0).to(tl.float32) - x
+    x = tl.load(target_ptr + row * d_in + columns, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(b_dec_ptr + columns, mask=mask, other=0.0).to(tl.float32) - x
     for level in range(n_levels):
         bag = row * n_levels + level
-        start = tl.load(bag_starts + bag)
-        end = tl.load(bag_starts + bag + 1)
+        start = tl.load(bag_starts_ptr + bag)
+        end = tl.load(bag_starts_ptr + bag + 1)
         for first in range(start, end, CODES):
             codes = first + tl.arange(0, CODES)
-            own = codes < end
-            latent = tl.load(latents + codes, mask=own, other=0)
-            act = tl.load(acts + codes, mask=own, other=0.0).to(tl.float32)
-            rows = _gather(W_dec, latent, own, d_in, columns, mask)
-            sums += tl.sum(act[:, None] * rows, 0)
-        tl.store(left + bag * d_in + columns, rounded(sums, left.dtype.element_ty), mask=mask)
-        tl.store(squares + level * n_programs + program, tl.sum(sums * sums, 0))
-    out = rounded(sums + x, sae_out.dtype.element_ty)
-    tl.store(sae_out + row * d_in + columns, out, mask=mask)
+            code_mask = codes < end
+            latent = tl.load(latents_ptr + codes, mask=code_mask, other=0)
+            act = tl.load(acts_ptr + codes, mask=code_mask, other=0.0).to(tl.float32)
+            decoder_rows = _gather(W_dec_ptr, latent, code_mask, d_in, columns, mask)
+            residual += tl.sum(act[:, None] * decoder_rows, 0)
+        stored = rounded(residual, residuals_ptr.dtype.element_ty)
+        tl.store(residuals_ptr + bag * d_in + columns, stored, mask=mask)
+        tl.store(squares_ptr + level * n_programs + program, tl.sum(residual * residual, 0))
+    out = rounded(residual + x, sae_out_ptr.dtype.element_ty)
+    tl.store(sae_out_ptr + row * d_in + columns, out, mask=mask)
 
 
 @triton.jit
 def _mix(
-    residuals,
-    scales,
-    grad_sae_out,
-    mixed,
+    residuals_ptr,  # (B, P, d_in)
+    scales_ptr,  # (P,) float32
+    grad_sae_out_ptr,  # (B, d_in)
+    mixed_ptr,  # (B * P, d_in), written: R_g
     d_in,
     n_blocks,
     n_levels,
@@ -202,84 +211,91 @@ def _mix(
     ADDS_OUTERMOST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """One program mixes the levels of one row, outermost first, over one block of columns."""
     program = tl.program_id(0)
     row = (program // n_blocks).to(tl.int64)
     columns = (program % n_blocks) * WIDTH + tl.arange(0, WIDTH)
     mask = columns < d_in
     carried = tl.zeros((WIDTH,), tl.float32)
     if HAS_GRAD_OUT:
-        carried += tl.load(grad_sae_out + row * d_in + columns, mask=mask, other=0.0).to(tl.float32)
+        offsets = row * d_in + columns
+        carried += tl.load(grad_sae_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for depth in range(n_levels):
         level = n_levels - 1 - depth
-        places = (row * n_levels + level) * d_in + columns
-        mix = tl.load(residuals + places, mask=mask, other=0.0).to(tl.float32)
-        mix = mix * tl.load(scales + level) + carried
-        tl.store(mixed + places, rounded(mix, mixed.dtype.element_ty), mask=mask)
+        offsets = (row * n_levels + level) * d_in + columns
+        mixed = tl.load(residuals_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mixed = mixed * tl.load(scales_ptr + level) + carried
+        tl.store(mixed_ptr + offsets, rounded(mixed, mixed_ptr.dtype.element_ty), mask=mask)
         if IS_SUMMED:
-            carried = mix
+            carried = mixed
         elif ADDS_OUTERMOST:
-            carried = tl.where(depth == 0, mix, carried)
+            carried = tl.where(depth == 0, mixed, carried)
         else:
-            carried = tl.zeros_like(mix)
+            carried = tl.zeros_like(mixed)
 
 
 @triton.jit
 def _dot(
-    mixed,
-    W_dec,
-    bags,
-    latents,
-    bag_starts,
-    grad_acts,
+    mixed_ptr,  # (B * P, d_in)
+    W_dec_ptr,  # (d_sae, d_in)
+    bags_ptr,  # (n,) int32
+    latents_ptr,  # (n,) int32
+    bag_starts_ptr,  # (B * P + 1,) int32
+    grad_acts_ptr,  # (n,), written
     d_in,
     n_bags,
     WIDTH: tl.constexpr,
     CODES: tl.constexpr,
 ):
+    """One program computes the gradients of a few consecutive codes."""
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    own = codes < tl.load(bag_starts + n_bags)
-    bag = tl.load(bags + codes, mask=own, other=0)
-    latent = tl.load(latents + codes, mask=own, other=0)
+    code_mask = codes < tl.load(bag_starts_ptr + n_bags)
+    bag = tl.load(bags_ptr + codes, mask=code_mask, other=0)
+    latent = tl.load(latents_ptr + codes, mask=code_mask, other=0)
     dots = tl.zeros((CODES,), tl.float32)
     for first in range(0, d_in, WIDTH):
         columns = first + tl.arange(0, WIDTH)
         mask = columns < d_in
-        mix = _gather(mixed, bag, own, d_in, columns, mask)
-        dots += tl.sum(mix * _gather(W_dec, latent, own, d_in, columns, mask), 1)
-    tl.store(grad_acts + codes, rounded(dots, grad_acts.dtype.element_ty), mask=own)
+        mixed = _gather(mixed_ptr, bag, code_mask, d_in, columns, mask)
+        dots += tl.sum(mixed * _gather(W_dec_ptr, latent, code_mask, d_in, columns, mask), 1)
+    tl.store(grad_acts_ptr + codes, rounded(dots, grad_acts_ptr.dtype.element_ty), mask=code_mask)
 
 
 @triton.jit
 def _sum_by_latent(
-    matrix,
-    rows,
-    weights,
-    by_latent,
-    latent_starts,
-    sums,
-    totals,
+    matrix_ptr,  # (m, d)
+    rows_ptr,  # (n,) int32
+    weights_ptr,  # (n,)
+    by_latent_ptr,  # (n,) int32
+    latent_starts_ptr,  # (d_sae + 1,) int32
+    sums_ptr,  # (d_sae, d), written
+    totals_ptr,  # (d_sae,), written
     d,
     n_blocks,
     WIDTH: tl.constexpr,
     CODES: tl.constexpr,
 ):
+    """One program sums the codes of one latent, over one block of columns."""
     program = tl.program_id(0)
     latent = (program // n_blocks).to(tl.int64)
     block = program % n_blocks
     columns = block * WIDTH + tl.arange(0, WIDTH)
     mask = columns < d
-    start = tl.load(latent_starts + latent)
-    end = tl.load(latent_starts + latent + 1)
-    sum = tl.zeros((WIDTH,), tl.float32)
+    start = tl.load(latent_starts_ptr + latent)
+    end = tl.load(latent_starts_ptr + latent + 1)
+    weighted = tl.zeros((WIDTH,), tl.float32)
     total = tl.zeros((CODES,), tl.float32)
     for first in range(start, end, CODES):
         slots = first + tl.arange(0, CODES)
-        own = slots < end
-        codes = tl.load(by_latent + slots, mask=own, other=0)
-        row = tl.load(rows + codes, mask=own, other=0)
-        weight = tl.load(weights + codes, mask=own, other=0.0).to(tl.float32)
-        sum += tl.sum(weight[:, None] * _gather(matrix, row, own, d, columns, mask), 0)
+        code_mask = slots < end
+        codes = tl.load(by_latent_ptr + slots, mask=code_mask, other=0)
+        row = tl.load(rows_ptr + codes, mask=code_mask, other=0)
+        weight = tl.load(weights_ptr + codes, mask=code_mask, other=0.0).to(tl.float32)
+        weighted += tl.sum(
+            weight[:, None] * _gather(matrix_ptr, row, code_mask, d, columns, mask), 0
+        )
         total += weight
-    tl.store(sums + latent * d + columns, rounded(sum, sums.dtype.element_ty), mask=mask)
+    stored = rounded(weighted, sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + latent * d + columns, stored, mask=mask)
     if block == 0:
-        tl.store(totals + latent, rounded(tl.sum(total, 0), totals.dtype.element_ty))
+        tl.store(totals_ptr + latent, rounded(tl.sum(total, 0), totals_ptr.dtype.element_ty))

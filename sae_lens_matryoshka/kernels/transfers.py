@@ -1,4 +1,4 @@
-"""Small copies between host and device for which neither waits."""
+"""Small copies between host and device that make neither wait for the other."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 def to_device(
     values: Sequence[float], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """`values` as a tensor on `device`. From pageable memory, CUDA would copy only when idle."""
+    """`values` as a tensor on `device`."""
     tensor = torch.tensor(values, dtype=dtype)
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the device
     return tensor.to(device, non_blocking=True)
 
 
 class TrueIndices:
-    """Where a mask (n,) is true; how often it is reaches the host while the device goes on.
+    """The indices at which a mask (n,) is true, without stalling the device for their number.
 
-    Made early and asked late, it costs no waiting: work that was launched between is still running.
+    The count starts its way to the host when the object is made. Call `get` after launching other
+    work: the count has then arrived, and the device is still busy.
     """
 
     def __init__(self, mask: torch.Tensor) -> None:

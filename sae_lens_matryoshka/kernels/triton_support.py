@@ -29,7 +29,7 @@ def why_no_triton() -> str | None:
 
 @cache
 def _why_no_launch() -> str | None:
-    """What is in the way of a first kernel: a C compiler, say, which launching one takes."""
+    """Why a first kernel fails: launching one needs a C compiler, for example."""
     from sae_lens_matryoshka.kernels.rounding_triton import round_one
 
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_lens_matryoshka.kernels import selection
-from sae_lens_matryoshka.kernels import sums as eager
+from sae_lens_matryoshka.kernels import sums
 from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
 from tests.steps import run_step, twins
 

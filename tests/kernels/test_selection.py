@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sae_lens.saes.batchtopk_sae import BatchTopK
 
 from sae_lens_matryoshka.kernels import selection
-from sae_lens_matryoshka.kernels.selection import Codes, select, select_above, select_full
+from sae_lens_matryoshka.kernels.codes import Codes
+from sae_lens_matryoshka.kernels.selection import select, select_above, select_full
 
 
 def drawn_inputs(

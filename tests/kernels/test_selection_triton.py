@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_matryoshka.kernels import selection_triton
-from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.selection_triton import select
 from tests.devices import DEVICE
 from tests.kernels.test_selection import drawn_inputs

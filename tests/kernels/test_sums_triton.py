@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import sums as eager
+from sae_lens_matryoshka.kernels import sums
 from sae_lens_matryoshka.kernels import sums_triton
-from sae_lens_matryoshka.kernels.layout import Layout
-from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.kernels.codes import Layout
+from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.training.prefixes import level_of
 from tests.devices import DEVICE
 
@@ -39,7 +39,7 @@ class Case:
         values = (torch.rand(n) + 0.1).to(dtype)
         codes = Codes(keys // WIDTHS[-1], keys % WIDTHS[-1], values, values, 0.0)
         levels = level_of(torch.arange(WIDTHS[-1]), WIDTHS)
-        _, layout = eager.order(codes, batch, levels, len(WIDTHS), True)
+        _, layout = lay_out(codes, batch, levels, len(WIDTHS), True)
         self.layout = Layout(*(tensor.to(DEVICE) for tensor in layout))
         self.acts = values.to(DEVICE)
         self.W_dec = torch.randn(WIDTHS[-1], d_in, dtype=dtype).to(DEVICE)
@@ -75,8 +75,8 @@ def assert_close(
 @settings(max_examples=40)
 def test_residuals(case: Case) -> None:
     inputs = (case.acts, case.W_dec, case.b_dec, case.target)
-    expected = eager.residuals(*(t.double() for t in inputs), case.layout, len(WIDTHS))
-    actual = sums_triton.residuals(*inputs, case.layout, len(WIDTHS))
+    expected = sums.level_residuals(*(t.double() for t in inputs), case.layout, len(WIDTHS))
+    actual = sums_triton.level_residuals(*inputs, case.layout, len(WIDTHS))
     assert_close(actual, expected, case.W_dec.dtype)
 
 
@@ -86,7 +86,7 @@ def test_residuals(case: Case) -> None:
 @settings(max_examples=40)
 def test_gradients(case: Case, stop_gradient: Any, has_grad_out: bool) -> None:
     grad_out = case.grad_out if has_grad_out else None
-    expected = eager.gradients(
+    expected = sums.level_gradients(
         case.residuals.double(),
         case.scales.double(),
         None if grad_out is None else grad_out.double(),
@@ -94,7 +94,7 @@ def test_gradients(case: Case, stop_gradient: Any, has_grad_out: bool) -> None:
         case.W_dec.double(),
         case.layout,
     )
-    actual = sums_triton.gradients(
+    actual = sums_triton.level_gradients(
         case.residuals, case.scales, grad_out, stop_gradient, case.W_dec, case.layout
     )
     assert_close(actual[::2], expected[::2], case.W_dec.dtype)
@@ -110,7 +110,7 @@ def test_gradients(case: Case, stop_gradient: Any, has_grad_out: bool) -> None:
 def test_sum_by_latent(case: Case) -> None:
     rows = case.layout.bags
     matrix = case.residuals.flatten(0, 1)
-    expected = eager.sum_by_latent(matrix.double(), rows, case.acts.double(), case.layout)
+    expected = sums.sum_by_latent(matrix.double(), rows, case.acts.double(), case.layout)
     actual = sums_triton.sum_by_latent(matrix, rows, case.acts, case.layout)
     assert_close(actual, expected, case.W_dec.dtype)
     silent = case.layout.latent_starts.diff() == 0
@@ -122,7 +122,7 @@ def test_equal_inputs_give_equal_bits() -> None:
     case = Case(0, 4, 40, 40, torch.float32)
     runs = [
         (
-            *sums_triton.residuals(
+            *sums_triton.level_residuals(
                 case.acts, case.W_dec, case.b_dec, case.target, case.layout, len(WIDTHS)
             ),
             *sums_triton.sum_by_latent(case.target, case.layout.bags // 3, case.acts, case.layout),
@@ -142,8 +142,8 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         case = Case(1, 3, 24, n, torch.float32)
         inputs = (case.acts, case.W_dec, case.b_dec, case.target, case.layout, len(WIDTHS))
         results = [
-            *sums_triton.residuals(*inputs),
-            *sums_triton.gradients(
+            *sums_triton.level_residuals(*inputs),
+            *sums_triton.level_gradients(
                 case.residuals, case.scales, None, "none", case.W_dec, case.layout
             ),
             *sums_triton.sum_by_latent(case.target, case.layout.bags // 3, case.acts, case.layout),
