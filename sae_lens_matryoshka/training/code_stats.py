@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
+
+_SAMPLE = 4096  # scores of a batch whose distribution is looked at
 
 
 class CodeStats:
-    """How often latents are active and how strongly, over batches, without waiting for a device."""
+    """Firing rates and the distribution of scores over batches, without waiting for a device."""
 
     def __init__(self) -> None:
         self.n_tokens = 0
@@ -14,44 +17,56 @@ class CodeStats:
         self._n_codes = 0
         self._means: torch.Tensor | None = None
 
-    def add(self, scores: torch.Tensor, latents: torch.Tensor, n_tokens: int, d_sae: int) -> None:
-        """Take the active codes of a batch.
+    def add(
+        self,
+        scores: Float[torch.Tensor, " n"],
+        latents: Int[torch.Tensor, " n"],
+        n_tokens: int,
+        d_sae: int,
+    ) -> None:
+        """Add the codes of a batch.
 
         Args:
-            scores: (n,) 0 where a code only fills up (see `selection.Codes`), else above.
-            latents: (n,) int64.
-            n_tokens: B.
+            scores: Positive; 0 for padding.
+            latents: Of the codes.
+            n_tokens: Activations in the batch.
             d_sae: Width of the dictionary.
         """
         self.n_tokens += n_tokens
         if self._counts is None:
             self._counts = latents.new_zeros(d_sae)
         self._counts.index_add_(0, latents, (scores > 0).long())
-        n = len(scores)
-        if n == 0:
+        n_codes = len(scores)
+        if n_codes == 0:
             return
-        scores = scores.float()
-        # what only fills up is neither weak nor strong; leaving it out would need its number
-        mean = scores.sum() / (scores > 0).sum().clamp(min=1)
-        scores = torch.where(scores > 0, scores, mean)
-        weaker = scores.topk((n + 1) // 2, largest=False, sorted=False).values  # sorting is slow
-        tenth = weaker.topk(n // 10 + 1, largest=False, sorted=False).values.max()
-        means = torch.stack([tenth, weaker.sum() / n, scores.mean()])
-        self._n_codes += n
-        self._means = means if self._means is None else self._means.lerp(means, n / self._n_codes)
+        sample = scores[:: -(-n_codes // _SAMPLE)].float().sort().values
+        n_valid = (sample > 0).sum()
+        rank = torch.arange(len(sample), device=sample.device) - (len(sample) - n_valid)
+        tenth = (sample * (rank == n_valid // 10)).sum()
+        weaker_half = (sample * (rank < (n_valid + 1) // 2)).sum()
+        n = n_valid.clamp(min=1)
+        means = torch.stack([tenth, weaker_half / n, sample.sum() / n])
+        self._n_codes += n_codes
+        weight = n_codes / self._n_codes
+        self._means = means if self._means is None else self._means.lerp(means, weight)
 
     @property
-    def firing_rates(self) -> torch.Tensor:
-        """(d_sae,) share of the tokens on which each latent is active."""
+    def firing_rates(self) -> Float[torch.Tensor, " d_sae"]:
+        """Share of the tokens on which each latent is active."""
         assert self._counts is not None
         return self._counts / self.n_tokens
 
     @property
     def weak_score(self) -> float:
-        """See `Measured`; 0 where no code was active."""
-        return 0.0 if self._means is None else (self._means[0] / self._means[2]).item()
+        """See `diagnosis.Measured`; 0 if no code was active."""
+        return self._share_of_mean(0)
 
     @property
     def weak_half(self) -> float:
-        """See `Measured`; 0 where no code was active."""
-        return 0.0 if self._means is None else (self._means[1] / self._means[2]).item()
+        """See `diagnosis.Measured`; 0 if no code was active."""
+        return self._share_of_mean(1)
+
+    def _share_of_mean(self, index: int) -> float:
+        if self._means is None or self._means[2] == 0:
+            return 0.0
+        return (self._means[index] / self._means[2]).item()

@@ -17,7 +17,8 @@ from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
 from sae_lens_matryoshka.training.diagnosis import check_baseline
-from sae_lens_matryoshka.training.options import NestedOptions, SparsitySchedule
+from sae_lens_matryoshka.training.options import NestedOptions
+from sae_lens_matryoshka.training.schedules import SparsitySchedule
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
 
@@ -25,28 +26,28 @@ from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrainingSAEConfig):
     """Options of a Matryoshka BatchTopK SAE (Bussmann et al., arXiv 2503.17547).
 
-    Every inherited field keeps SAELens' meaning: `k` (mean number of active latents per token, may
-    be fractional), `aux_loss_coefficient`, `rescale_acts_by_decoder_norm`, `topk_threshold_lr`,
+    Inherited fields keep SAELens' meaning: `k` (mean number of active latents per token, may be
+    fractional), `aux_loss_coefficient`, `rescale_acts_by_decoder_norm`, `topk_threshold_lr`,
     `normalize_activations`, `decoder_init_norm`, `dtype` and the rest. `use_sparse_activations` is
-    ignored, as in SAELens' BatchTopK: `implementation` decides. The options of the nested objective
-    are described in `options.NestedOptions`, the schedule of k in `options.SparsitySchedule`.
-
-    Args:
-        use_matryoshka_aux_loss: Let the dead latents of each level reconstruct the error of their
-            own level, instead of the error of the whole SAE (SAELens).
-        topk_threshold_start_step: Step after which `topk_threshold` follows the cut, beginning with
-            the first cut it sees (dictionary_learning); left out, it follows from the first step
-            on, beginning with 0 (SAELens). The saved SAE's threshold is calibrated either way.
-        baseline_explained_variance: Variance explained of a BatchTopK SAE of this width and k,
-            above 0 and at most 1, if known: training warns if it ends up far below.
+    ignored, as in SAELens' BatchTopK: `implementation` decides. See `options.NestedOptions` for the
+    nested objective and `schedules.SparsitySchedule` for the schedule of k.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
     """
 
     use_matryoshka_aux_loss: bool = False
+    """Whether the dead latents of each level reconstruct the residual of their own level, instead
+    of that of the whole SAE (SAELens)."""
+
     topk_threshold_start_step: int | None = None
+    """Step after which `topk_threshold` follows the cut, starting from the first cut it sees
+    (dictionary_learning). If None, from the first step on, starting from 0 (SAELens). The saved
+    SAE's threshold is calibrated either way."""
+
     baseline_explained_variance: float | None = None
+    """Variance explained of a BatchTopK SAE of this width and k, above 0 and at most 1, if known:
+    training warns if the SAE ends up far below."""
 
     @override
     @classmethod
@@ -62,15 +63,15 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
             self.topk_threshold_start_step = checked_count(
                 "topk_threshold_start_step", self.topk_threshold_start_step, 0
             )
-        if self.baseline_explained_variance is not None:
-            check_baseline("baseline_explained_variance", self.baseline_explained_variance)
-            self.baseline_explained_variance = float(self.baseline_explained_variance)
+        name, baseline = "baseline_explained_variance", self.baseline_explained_variance
+        if baseline is not None:
+            self.baseline_explained_variance = check_baseline(name, baseline)
             if self.is_sampled:
                 raise invalid_option(
-                    "baseline_explained_variance",
-                    self.baseline_explained_variance,
-                    "it only beside prefix_sampling='fixed': runs with sampled prefixes are not "
-                    "watched, `sae-matryoshka levels --diagnose` judges their SAE",
+                    name,
+                    baseline,
+                    "it only together with prefix_sampling='fixed': runs with sampled prefixes are "
+                    "not monitored; `sae-matryoshka levels --diagnose` judges their SAE",
                 )
         if self.normalizes_per_row:
             _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
@@ -80,19 +81,19 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
     def recommended(
         cls, d_in: int, d_sae: int, k: float, n_steps: int, **options: Any
     ) -> MatryoshkaTrainingSAEConfig:
-        """The options that found true features best on the small SynthSAEBench.
+        """The options that recovered true features best on the small SynthSAEBench.
 
-        Levels are made of the most frequent latents, only the outermost level's loss reaches
-        further in, and k falls from twice its value over the first half of the run (all three are
-        among Chanin's variants on SynthSAEBench). docs/results/synthsaebench.md tells what this
-        gains, and on which data.
+        The most frequent latents make up the inner levels, a latent learns from its own level and
+        the outermost one, and k falls from twice its value over the first half of the run (all
+        three are among Chanin's variants on SynthSAEBench). docs/results/synthsaebench.md shows
+        what this gains, and on which data.
 
         Args:
             d_in: Width of the activations.
             d_sae: Number of latents.
             k: Mean number of active latents per activation.
             n_steps: Training steps of the run.
-            options: Any other field of the config; those set here may be replaced.
+            options: Any other field of the config; they take precedence over the recipe.
 
         Raises:
             ValueError: naming the field, its value and what is accepted.
@@ -138,9 +139,9 @@ class MatryoshkaTopKTrainingSAEConfig(NestedOptions, SparsitySchedule, TopKTrain
 
 @dataclass
 class MatryoshkaJumpReLUTrainingSAEConfig(NestedOptions, JumpReLUTrainingSAEConfig):
-    """Options of a Matryoshka JumpReLU SAE, the sort of Gemma Scope 2.
+    """Options of a Matryoshka JumpReLU SAE, as in Gemma Scope 2.
 
-    The nested objective on SAELens' JumpReLU training SAE, whose sparsity loss is that of the whole
+    The nested objective on SAELens' JumpReLU training SAE, whose sparsity loss covers the whole
     dictionary. `jumprelu_sparsity_loss_mode="quadratic"` with `target_l0` is Gemma Scope 2's.
     """
 
@@ -168,7 +169,7 @@ def _check_dtype(dtype: str) -> None:
 def _check_no_auxiliary_loss(normalization: str, coefficient: float) -> None:
     if coefficient != 0:
         raise ValueError(
-            f"normalize_activations={normalization!r} is not accepted beside "
+            f"normalize_activations={normalization!r} is not accepted together with "
             f"aux_loss_coefficient={coefficient}: SAELens' auxiliary loss takes 'none', "
             "'expected_average_only_in' or 'covariance_whitening', or set aux_loss_coefficient=0."
         )

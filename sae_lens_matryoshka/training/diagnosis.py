@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+
+from sae_lens_matryoshka.util.checks import checked_number
 
 # Nesting costs a few points of variance explained; more is not its price.
 BASELINE_GAP = 0.05
@@ -93,21 +93,14 @@ def diagnose(measured: Measured) -> list[Finding]:
     )
 
 
-def check_baseline(name: str, value: Any) -> None:
-    """Refuse what can't be a baseline's variance explained.
+def check_baseline(name: str, value: Any) -> float:
+    """The variance explained of a baseline, checked.
 
     Raises:
         ValueError: naming `name`, the value and what is accepted.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not math.isfinite(value)
-        or not 0 < float(value) <= 1
-    ):
-        raise ValueError(
-            f"{name}={value!r} is not accepted: give a share above 0 and at most 1, such as 0.78."
-        )
+    accepted = "a share above 0 and at most 1, such as 0.78"
+    return checked_number(name, value, accepted, above=0, most=1)
 
 
 def _baseline(measured: Measured) -> Iterator[Finding]:

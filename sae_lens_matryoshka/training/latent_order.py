@@ -1,49 +1,59 @@
-"""Levels made of the latents that fire most often."""
+"""Levels made of the latents that fire most often.
+
+`order` lists latents by level: order[i] is the latent at position i. `rank` is its inverse: the
+position of each latent.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-# The dimension that counts latents, of what a training SAE of this package holds.
+# the dimension over latents of each tensor that a training SAE of this package holds
 LATENT_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "firing_rates": 0}
 
-_RATE = 0.01  # of the moving average, as that of SAELens' threshold
+_RATE = 0.01  # of the moving average, the same as for SAELens' threshold
 
 
 def update_rates(
-    rates: torch.Tensor, latents: torch.Tensor, fired: torch.Tensor, batch_size: int
-) -> torch.Tensor:
+    rates: Float[torch.Tensor, " d_sae"],
+    latents: Int[torch.Tensor, " n"],
+    is_firing: Bool[torch.Tensor, " n"],
+    batch_size: int,
+) -> Float[torch.Tensor, " d_sae"]:
     """The moving average of how often each latent fires, after one more batch.
 
     Args:
-        rates: (d_sae,) firings per activation.
-        latents: (n,) latents of the batch's codes.
-        fired: (n,) bool, which of the codes count.
-        batch_size: B.
+        rates: Firings per activation.
+        latents: Latents of the batch's codes.
+        is_firing: Which of the codes count.
+        batch_size: Activations in the batch.
     """
     # integers add up to the same in any order, and bincount would wait for the device
-    counts = torch.zeros_like(rates, dtype=torch.int64).index_add_(0, latents, fired.long())
+    counts = torch.zeros_like(rates, dtype=torch.int64).index_add_(0, latents, is_firing.long())
     return rates.lerp(counts.to(rates) / batch_size, _RATE)
 
 
-def level_order(rates: torch.Tensor) -> torch.Tensor:
-    """(d_sae,) latents from the most to the least often firing; ties stay as they are."""
+def level_order(rates: Float[torch.Tensor, " d_sae"]) -> Int[torch.Tensor, " d_sae"]:
+    """Latents from the most to the least often firing; ties by index."""
     return rates.argsort(descending=True, stable=True)
 
 
-def ranks_of(order: torch.Tensor) -> torch.Tensor:
-    """(d_sae,) the place of each latent in `order`."""
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order), device=order.device)
-    return ranks
+def rank_of(order: Int[torch.Tensor, " d_sae"]) -> Int[torch.Tensor, " d_sae"]:
+    """The position of each latent in `order`."""
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    return rank
 
 
-def in_order(tensors: dict[str, Any], order: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Those of `tensors` that count latents, with their latents in `order`."""
+def reordered(
+    tensors: dict[str, Any], order: Int[torch.Tensor, " d_sae"]
+) -> dict[str, torch.Tensor]:
+    """Those of the named `tensors` that have a dimension over latents, their latents in `order`."""
     return {
         name: tensor.index_select(LATENT_DIM[name], order)
         for name, tensor in tensors.items()
@@ -53,9 +63,10 @@ def in_order(tensors: dict[str, Any], order: torch.Tensor) -> dict[str, torch.Te
 
 @torch.no_grad()
 def reorder_latents(trainer: SAETrainer[TrainingSAE[Any], Any]) -> None:
-    """Put the latents of a training into level order: weights, Adam's moments and statistics.
+    """Put the latents of an SAE in training into level order, with Adam's moments and statistics.
 
-    What is trained stays the same function; only the numbers of the latents change.
+    The SAE stays the same function; only its latents are renumbered. No effect on an SAE whose
+    levels are not ordered by frequency.
     """
     sae = trainer.sae
     rates = getattr(sae, "firing_rates", None)

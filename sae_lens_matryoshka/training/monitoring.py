@@ -5,21 +5,27 @@ from __future__ import annotations
 import warnings
 
 import torch
+from jaxtyping import Float, Int
 
 from sae_lens_matryoshka.training.code_stats import CodeStats
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.training.diagnosis import Measured, diagnose
 
-# Steps; every later check doubles them. The auxiliary loss begins to revive latents after SAELens'
-# dead_feature_window, 1,000 by default, and what it has not done yet is no fault.
+# In steps; every later check comes after twice as many. The auxiliary loss starts to revive latents
+# after SAELens' dead_feature_window, 1,000 by default, and a check needs to see what it has done.
 FIRST_CHECK = 4000
+OBSERVED_EVERY = 16  # steps; divides FIRST_CHECK
 
 
 class TrainingMonitor:
-    """Warns of what `diagnose` finds during training, of each kind once.
+    """Warns of what `diagnose` finds during training, once for each kind of finding.
 
-    It looks after 4,000 steps of the run, 8,000, 16,000 and so on, at the latter half of the steps
-    so far, and not before the schedules of k and of the levels' weights have ended.
+    It checks after 4,000 steps of the run, 8,000, 16,000 and so on, from every 16th step of the
+    latter half of the steps so far, and not before the schedules of k and of the levels' weights
+    have ended.
+
+    Args:
+        cfg: Of the SAE in training.
     """
 
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig) -> None:
@@ -36,34 +42,41 @@ class TrainingMonitor:
     def _start_window(self) -> None:
         self._codes = CodeStats()
         self._n_batches = 0
-        self._means: torch.Tensor | None = None  # (P + 1,) level losses, variance
+        self._means: torch.Tensor | None = None  # (P + 1,) losses of the levels, variance
+
+    def is_due(self, step: int) -> bool:
+        """Whether `observe` is to see this step.
+
+        Args:
+            step: Steps of the run before this one, those before it was resumed included.
+        """
+        while step >= self._next_check or step < self._settled > self._next_check // 2:
+            self._next_check *= 2
+        # the first half says little: a run starts from random weights
+        return step >= self._next_check // 2 and (step + 1) % OBSERVED_EVERY == 0
 
     @torch.no_grad()
     def observe(
         self,
-        level_losses: torch.Tensor,
-        active_scores: torch.Tensor,
-        active_latents: torch.Tensor,
-        sae_in: torch.Tensor,
+        losses: Float[torch.Tensor, " levels"],
+        scores: Float[torch.Tensor, " n"],
+        latents: Int[torch.Tensor, " n"],
+        sae_in: Float[torch.Tensor, "batch d_in"],
         step: int,
     ) -> None:
-        """Take one training step, and warn if it is time to look and something is found.
+        """Add a step that is due, and warn of what is found if it completes a window.
 
         Args:
-            level_losses: (P,) as `Levels.losses`.
-            active_scores: (n,) as `CodeStats.add`.
-            active_latents: (n,) int64.
-            sae_in: (B, d_in).
-            step: Steps of the run before this one, those before it was resumed too.
+            losses: As `LevelLosses.losses`.
+            scores: Of the codes, 0 for padding.
+            latents: Of the codes, numbered in level order.
+            sae_in: The activations.
+            step: As `is_due`.
         """
-        while step >= self._next_check or step < self._settled > self._next_check // 2:
-            self._next_check *= 2
-        if step < self._next_check // 2:  # a start from random weights says little
-            return
-        self._codes.add(active_scores, active_latents, len(sae_in), self._cfg.d_sae)
+        self._codes.add(scores, latents, len(sae_in), self._cfg.d_sae)
         x = sae_in.float()
         variance = (x - x.mean(0)).pow(2).sum(-1).mean()
-        means = torch.cat([level_losses.float(), variance[None]])
+        means = torch.cat([losses.float(), variance[None]])
         self._n_batches += 1
         self._means = means if self._means is None else self._means.lerp(means, 1 / self._n_batches)
         if step + 1 == self._next_check:
@@ -87,11 +100,11 @@ class TrainingMonitor:
             weak_half=self._codes.weak_half,
             k=self._cfg.k,
             is_ordered_by_frequency=self._cfg.latent_order == "frequency",
-            # A baseline is trained to the end: the first check can't tell where this run will be,
+            # a baseline is trained to the end, and one check can't tell where this run will end
             baseline_explained_variance=None
             if before is None
             else self._cfg.baseline_explained_variance,
-            # and twice the steps so far add what the last doubling did, at most.
+            # twice the steps add at most what the last doubling did
             expected_gain=0.0 if before is None else max(0.0, reached - before),
         )
         self._explained_variance = reached

@@ -8,33 +8,29 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from sae_lens_matryoshka.kernels.transfers import to_device
 
 PrefixSampling = Literal["fixed", "uniform", "log_uniform", "inverse_sqrt", "pareto"]
 
-# The density over the prefix length l falls as l to the power of:
+# the density over the prefix length l is l to the power of:
 _EXPONENTS = {"uniform": 0.0, "log_uniform": -1.0, "inverse_sqrt": -0.5, "pareto": -1.5}
 
 
-def level_of(latents: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """The first level, counted from 0, that contains each latent.
+@lru_cache(maxsize=8)
+def level_of_latent(
+    prefixes: tuple[int, ...], device: torch.device | str
+) -> Int[torch.Tensor, " d_sae"]:
+    """The first level, from 0 on, that contains each latent, as int32; cached, so read-only.
 
     Args:
-        latents: Latent indices of any shape, each below `widths[-1]`.
-        widths: The P level widths, strictly increasing.
-
-    Returns:
-        int32 tensor of the shape of `latents`, with values 0 to P − 1.
+        prefixes: Prefix lengths of the levels, strictly increasing, the last of them d_sae.
+        device: Of the result.
     """
-    ends = to_device(widths, latents.dtype, latents.device)
+    ends = to_device(prefixes, torch.int64, device)
+    latents = torch.arange(prefixes[-1], device=device)
     return torch.bucketize(latents, ends, right=True, out_int32=True)
-
-
-@lru_cache(maxsize=8)
-def level_table(prefixes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(d_sae,) int32 level of each latent; `prefixes` end at d_sae. One tensor, for all to read."""
-    return level_of(torch.arange(prefixes[-1], device=device), prefixes)
 
 
 def sample_prefixes(
@@ -47,7 +43,7 @@ def sample_prefixes(
         n: From 1 to d_sae − minimum + 1.
         minimum: The shortest length.
         d_sae: Width of the dictionary.
-        seed: What is drawn depends on these numbers alone, on any device.
+        seed: The lengths depend on these numbers alone, on any device.
     """
     if n == 1:
         return [d_sae]

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sae_lens import TrainingSAE, TrainingSAEConfig, register_sae_training_class
+from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from sae_lens_matryoshka.training.batchtopk import MatryoshkaTrainingSAE
+from sae_lens_matryoshka.training.config import (
+    MatryoshkaJumpReLUTrainingSAEConfig,
+    MatryoshkaTopKTrainingSAEConfig,
+    MatryoshkaTrainingSAEConfig,
+)
+from sae_lens_matryoshka.training.jumprelu import MatryoshkaJumpReLUTrainingSAE
+from sae_lens_matryoshka.training.topk import MatryoshkaTopKTrainingSAE
 
-def register(sae_class: type[TrainingSAE[Any]], config_class: type[TrainingSAEConfig]) -> None:
-    """Register a training architecture with SAELens, once however often the package is imported.
+_ARCHITECTURES = (
+    (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
+    (MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig),
+    (MatryoshkaJumpReLUTrainingSAE, MatryoshkaJumpReLUTrainingSAEConfig),
+)
+
+
+def register_architectures() -> None:
+    """Register the training architectures with SAELens; a second call changes nothing.
 
     Raises:
-        ValueError: another package registered the architecture's name first.
+        ValueError: another package registered the name of one first.
     """
-    name = config_class.architecture()
-    known = SAE_TRAINING_CLASS_REGISTRY.get(name)
-    if known is not None:
-        if _full_name(known[0]) != _full_name(sae_class):
+    for sae_class, config_class in _ARCHITECTURES:
+        name = config_class.architecture()
+        known = SAE_TRAINING_CLASS_REGISTRY.pop(name, None)  # ours after a reload
+        if known is not None and _full_name(known[0]) != _full_name(sae_class):
+            SAE_TRAINING_CLASS_REGISTRY[name] = known
             raise ValueError(
                 f"The SAELens architecture {name!r} is already taken by {_full_name(known[0])}, so "
                 f"{_full_name(sae_class)} can't be registered under that name. Use one of the two "
                 "packages in a process."
             )
-        del SAE_TRAINING_CLASS_REGISTRY[name]  # a reload: the new classes replace the old ones
-    register_sae_training_class(name, sae_class, config_class)
+        register_sae_training_class(name, sae_class, config_class)
 
 
 def _full_name(cls: type) -> str:

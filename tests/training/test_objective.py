@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import sums as eager
-from sae_lens_matryoshka.kernels.layout import Layout
-from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.kernels import sums
+from sae_lens_matryoshka.kernels.codes import Layout
+from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.training.objective import (
     auxiliary_loss,
     decode_nested,
@@ -32,7 +32,7 @@ def drawn_codes(seed: int, n: int) -> Codes:
 
 
 def layout_of(codes: Codes) -> Layout:
-    return eager.order(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
+    return layout.lay_out(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
 
 
 def parameters(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None
 def test_codes_of_levels_in_any_order_are_put_in_order(seed: int, n: int) -> None:
     codes = drawn_codes(seed, n)
     levels = LEVELS[torch.randperm(WIDTHS[-1])]
-    ordered, layout = eager.order(codes, BATCH, levels, len(WIDTHS), False)
+    ordered, layout = layout.lay_out(codes, BATCH, levels, len(WIDTHS), False)
     places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
     expected = sorted(places, key=lambda place: (place[0], levels[place[1]].item(), place[1]))
     assert list(zip(ordered.rows.tolist(), ordered.latents.tolist(), strict=True)) == expected
@@ -170,7 +170,7 @@ def test_sums_by_latent_equal_plain_loops(seed: int, n: int, dtype: torch.dtype)
     for latent, row, weight in zip(codes.latents, rows, weights.double(), strict=True):
         expected[latent] += weight * matrix[row].double()
         totals[latent] += weight
-    sums, sum_of_weights = eager.sum_by_latent(matrix, rows, weights, layout)
+    sums, sum_of_weights = sums.sum_by_latent(matrix, rows, weights, layout)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(sums.double(), expected, rtol=10 * eps, atol=10 * eps)
     torch.testing.assert_close(sum_of_weights.double(), totals, rtol=10 * eps, atol=10 * eps)

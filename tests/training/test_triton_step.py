@@ -17,7 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.kernels import rounding_triton, selection_triton, triton_support
-from sae_lens_matryoshka.kernels.dispatch import EAGER, kernels_for
+from sae_lens_matryoshka.kernels.dispatch import EAGER, backend_for
 from tests.devices import DEVICE
 from tests.steps import dense, outcome, relative_error, run_step, twins
 from tests.training.test_parity import cases
@@ -279,28 +279,28 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_support, "_why_no_launch", lambda: None)
-    triton = kernels_for("auto", cuda, torch.float32)
+    triton = backend_for("auto", cuda, torch.float32)
     assert triton is not None
     assert triton.select.__wrapped__ is selection_triton.select  # type: ignore[attr-defined]
-    assert kernels_for("triton", cuda, torch.bfloat16) is triton
-    assert kernels_for("auto", cuda, torch.float64) is EAGER
-    assert kernels_for("sparse", cuda, torch.float32) is EAGER
-    assert kernels_for("auto", cpu, torch.float32) is EAGER
-    assert kernels_for("reference", cuda, torch.float32) is None
-    assert kernels_for("auto", torch.device("mps"), torch.float32) is None
+    assert backend_for("triton", cuda, torch.bfloat16) is triton
+    assert backend_for("auto", cuda, torch.float64) is EAGER
+    assert backend_for("sparse", cuda, torch.float32) is EAGER
+    assert backend_for("auto", cpu, torch.float32) is EAGER
+    assert backend_for("reference", cuda, torch.float32) is None
+    assert backend_for("auto", torch.device("mps"), torch.float32) is None
     with pytest.raises(ValueError, match=r"for an SAE of torch.float64: give 'auto', .*bfloat16"):
-        kernels_for("triton", cuda, torch.float64)
+        backend_for("triton", cuda, torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
         ValueError, match=r"'triton' is not accepted for an SAE on cpu: give 'auto'"
     ):
-        kernels_for("triton", cpu, torch.float32)
+        backend_for("triton", cpu, torch.float32)
     monkeypatch.setattr(triton_support, "_why_no_launch", lambda: "there is no C compiler")
     with pytest.warns(UserWarning, match="in PyTorch, .* because there is no C compiler"):
-        assert kernels_for("auto", cuda, torch.float32) is EAGER
+        assert backend_for("auto", cuda, torch.float32) is EAGER
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="because Triton is not installed"):
-        assert kernels_for("auto", cuda, torch.float32) is EAGER
+        assert backend_for("auto", cuda, torch.float32) is EAGER
 
 
 def test_a_first_kernel_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:

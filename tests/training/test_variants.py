@@ -28,8 +28,8 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
 )
-from sae_lens_matryoshka.kernels import sums as eager
-from sae_lens_matryoshka.kernels.selection import Codes
+from sae_lens_matryoshka.kernels import sums
+from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.training.objective import decode_nested, mixing_matrix
 from sae_lens_matryoshka.training.prefixes import level_of
 from tests.steps import dense, relative_error, run_step
@@ -154,7 +154,7 @@ def test_gradients_are_the_mixed_residuals(
     W_dec = torch.randn(D_SAE, D_IN, dtype=torch.float64, requires_grad=True)
     b_dec = torch.randn(D_IN, dtype=torch.float64, requires_grad=True)
     table = level_of(torch.arange(D_SAE), widths)
-    _, layout = eager.order(codes, BATCH, table, len(widths), True)
+    _, layout = lay_out(codes, BATCH, table, len(widths), True)
     levels, _ = decode_nested(
         acts,
         W_dec,
