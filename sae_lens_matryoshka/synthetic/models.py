@@ -1,4 +1,4 @@
-"""The benchmarks: models of activations whose features, and their hierarchy, are known."""
+"""The benchmarks: synthetic activations whose features and feature hierarchy are known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Int
 from sae_lens.synthetic import (
     ActivationGenerator,
     FeatureDictionary,
@@ -23,68 +24,51 @@ from sae_lens.synthetic import (
     orthogonal_initializer,
 )
 
-_N_PARENTS, _N_CHILDREN, _N_ALONE = 3, 3, 8
-_P_PARENT, _P_CHILD, _P_ALONE = 0.15, 0.2, 0.05
+# The toy tree: parents, children of each, and features outside the tree, with their probabilities.
+_N_PARENTS, _N_CHILDREN, _N_INDEPENDENT = 3, 3, 8
+_P_PARENT, _P_CHILD, _P_INDEPENDENT = 0.15, 0.2, 0.05
 _N_TREE = _N_PARENTS * (1 + _N_CHILDREN)
 _PARENTS = list(range(0, _N_TREE, 1 + _N_CHILDREN))
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A model of activations, and how SAEs are trained on it unless asked otherwise.
-
-    Attributes:
-        name: What the command line and the results call it.
-        build: Seed and device → the model. Its `feature_dict.feature_vectors` are the true features
-            (n_features, d_in), and `sample_with_features(n)` returns activations (n, d_in) with the
-            feature activations (n, n_features) behind them.
-        d_in: Dimension of the activations.
-        d_sae: Latents of each SAE.
-        matryoshka_widths: Level widths of the Matryoshka SAEs.
-        k: Mean number of active latents of the BatchTopK SAEs.
-        l1_coefficient: Of the L1 SAE.
-        n_samples: Activations to train on.
-        batch_size: Activations per training step.
-        lr: Learning rate of Adam, which stays constant.
-        n_scoring_samples: Held-out activations to score on.
-        variants: The SAEs to compare; see `variants.base_config`.
-    """
+    """A model of activations, and the default settings for training SAEs on it."""
 
     name: str
-    build: Callable[[int, str], SyntheticModel]
+    build: Callable[[int, str], SyntheticModel]  # makes the model from a seed and a device
     d_in: int
     d_sae: int
     matryoshka_widths: tuple[int, ...]
-    k: float
+    k: float  # mean number of active latents of the BatchTopK SAEs
     l1_coefficient: float
-    n_samples: int
+    n_samples: int  # activations to train on
     batch_size: int
-    lr: float
-    n_scoring_samples: int
-    variants: tuple[str, ...]
+    lr: float  # Adam's, constant
+    n_scoring_samples: int  # held-out activations to score on
+    variants: tuple[str, ...]  # the SAEs to compare; see `variants.base_config`
 
 
 def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
     """The tree of Bussmann et al. (arXiv 2503.17547, section 4.1), as released in their code.
 
-    20 features in 20 dimensions: 3 parents (p 0.15), each followed by its 3 children (p 0.2 each
-    where the parent is active, never two at once), and 8 features alone (p 0.05). On average 1.12
-    are active; the text of the paper says 1.2338, which its tree does not give. Each is active with
-    magnitude 1, along a direction that is orthogonal to all others and random.
+    20 features in 20 dimensions: 3 parents (p 0.15), each with 3 mutually exclusive children (p 0.2
+    each where the parent is active), and 8 independent features (p 0.05). On average 1.12 are
+    active; the paper's text says 1.2338, which its tree does not give. Magnitudes are 1, directions
+    are random and orthogonal.
 
     Args:
         seed: Of the directions.
-        device: Where the samples are made.
+        device: Where samples are drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    n_features = _N_TREE + _N_ALONE
+    n_features = _N_TREE + _N_INDEPENDENT
     directions, _ = torch.linalg.qr(torch.randn(n_features, n_features, generator=generator))
+    features = FeatureDictionary(n_features, n_features, device=device)
+    features.feature_vectors.data = directions.to(device)
 
-    def set_directions(features: FeatureDictionary) -> None:
-        features.feature_vectors.data = directions.to(device)
-
-    p = torch.full((n_features,), _P_ALONE)
-    p[:_N_TREE] = 0  # the children are drawn with their parents
+    p = torch.full((n_features,), _P_INDEPENDENT)
+    p[:_N_TREE] = 0  # children are drawn by `_with_children`
     p[_PARENTS] = _P_PARENT
     roots = [
         HierarchyNode(
@@ -96,9 +80,7 @@ def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
     ]
     return SyntheticModel(
         SyntheticModelConfig(n_features, n_features, bias=False, seed=seed),
-        feature_dict=FeatureDictionary(
-            n_features, n_features, initializer=set_directions, device=device
-        ),
+        feature_dict=features,
         activation_generator=ActivationGenerator(
             n_features, p, modify_activations=_with_children, device=device
         ),
@@ -107,14 +89,16 @@ def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
     )
 
 
-def _with_children(feature_acts: torch.Tensor) -> torch.Tensor:
-    """Give each active parent one child at most.
+def _with_children(
+    feature_acts: Float[torch.Tensor, "batch n_features"],
+) -> Float[torch.Tensor, "batch n_features"]:
+    """Activate at most one child of each active parent, in place.
 
-    SAELens draws children independently and then drops those that are too many, which makes each
-    rarer than its probability.
+    SAELens draws children independently and then drops the surplus, which makes each child rarer
+    than its probability.
     """
     n = len(feature_acts)
-    which = torch.rand(n, _N_PARENTS, device=feature_acts.device) // _P_CHILD
+    which = torch.rand(n, _N_PARENTS, device=feature_acts.device) // _P_CHILD  # ≥ 3: no child
     parents = torch.tensor(_PARENTS, device=feature_acts.device)
     for i in range(_N_CHILDREN):
         feature_acts[:, parents + 1 + i] = feature_acts[:, parents] * (which == i)
@@ -122,12 +106,12 @@ def _with_children(feature_acts: torch.Tensor) -> torch.Tensor:
 
 
 def synthsaebench_config(*, n_features: int, d_in: int, n_roots: int) -> SyntheticModelConfig:
-    """SynthSAEBench, the settings of its second version, at any size.
+    """SynthSAEBench with the settings of its second version, at any size.
 
     Args:
         n_features: True features.
         d_in: Dimension of the activations.
-        n_roots: Trees of features.
+        n_roots: Root features, each of one tree.
     """
     return SyntheticModelConfig(
         num_features=n_features,
@@ -154,15 +138,16 @@ def synthsaebench_config(*, n_features: int, d_in: int, n_roots: int) -> Synthet
 
 
 def synthsaebench_model(seed: int, device: str = "cpu", **size: int) -> SyntheticModel:
-    """The model of `synthsaebench_config`, as SAELens would make it, without its progress bar.
+    """The model of `synthsaebench_config`.
 
     Args:
-        seed: Not used. The model is the benchmark, and keeps its own.
+        seed: Not used: the benchmark is this one model, with the seed in its config.
         device: Where it is made. CPU and CUDA draw different features from the same seed.
-        size: Of `synthsaebench_config`.
+        size: The arguments of `synthsaebench_config`.
     """
     cfg = synthsaebench_config(**size)
     assert cfg.orthogonalization is not None
+    # SAELens would make the same dictionary, and show a progress bar.
     features = FeatureDictionary(
         cfg.num_features,
         cfg.hidden_dim,
@@ -174,8 +159,8 @@ def synthsaebench_model(seed: int, device: str = "cpu", **size: int) -> Syntheti
     return SyntheticModel(cfg, feature_dict=features, device=device)
 
 
-def parents_of(model: SyntheticModel) -> torch.Tensor:
-    """The parent of each true feature, (n_features,) int64; −1 for those that have none."""
+def parents_of(model: SyntheticModel) -> Int[torch.Tensor, " n_features"]:
+    """The parent of each true feature, −1 where it has none."""
     parents = torch.full((model.cfg.num_features,), -1)
 
     def visit(node: HierarchyNode) -> None:
@@ -214,7 +199,7 @@ SYNTHSAEBENCH = {
         k=8,
         l1_coefficient=1.0,
         n_samples=2_000_000,
-        batch_size=256,  # at 1,024 the steps are too few for most features to be found
+        batch_size=256,  # at 1,024, too few steps to find most features
         lr=1e-3,
         n_scoring_samples=100_000,
         variants=_SYNTHSAEBENCH_VARIANTS,

@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on who else draws some."""
+"""Random streams that are independent of each other and of everything else that draws numbers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from enum import IntEnum
 
 import torch
 
+from sae_lens_matryoshka.util.checks import invalid_option
+
 _N_SEEDS = 10**9  # so that no two purposes share a seed of torch
 
 
 class Purpose(IntEnum):
-    """What is drawn; one seed of a run gives each a stream of its own."""
+    """What numbers are drawn for; each purpose has its own stream of a run's seed."""
 
-    SAMPLES = 1  # 0 is what models make of the seed itself
+    SAMPLES = 1  # 0 is left to models, which use the seed itself
     SAE = 2
     SCORING = 3
 
 
 class RandomStream:
-    """A sequence of random numbers of its own, drawn by code that uses torch's default generators.
+    """A random stream of its own for code that draws from torch's default generators.
 
     Args:
         seed: The run's, from 0 to 999,999,999.
         purpose: What the numbers are for.
-        device: Where they are drawn, beside the CPU.
+        device: Where numbers are drawn, besides the CPU.
     """
 
     def __init__(self, seed: int, purpose: Purpose, device: str = "cpu"):
@@ -35,8 +37,8 @@ class RandomStream:
         self._states: list[torch.Tensor] | None = None
 
     @contextmanager
-    def drawn(self) -> Iterator[None]:
-        """While the block runs, what is drawn comes from this stream, and from where it stopped."""
+    def active(self) -> Iterator[None]:
+        """While the block runs, the default generators continue this stream."""
         with torch.random.fork_rng(self._devices):
             if self._states is None:
                 torch.manual_seed(self._seed)
@@ -58,4 +60,4 @@ def check_seed(seed: int) -> None:
         ValueError: it can't.
     """
     if not 0 <= seed < _N_SEEDS:
-        raise ValueError(f"seed={seed} is not accepted: give 0 to {_N_SEEDS - 1}.")
+        raise invalid_option("seed", seed, f"0 to {_N_SEEDS - 1}")

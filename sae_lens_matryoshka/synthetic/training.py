@@ -1,4 +1,4 @@
-"""Training in lockstep: the SAEs of one seed see the same samples, which are slow to make."""
+"""Training in lockstep: the SAEs of one seed share their samples, which are slow to draw."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
-from sae_lens_matryoshka.synthetic.runs import SCORES_FILE, run_folder, settings_of, versions
+from sae_lens_matryoshka.synthetic.results import (
+    SCORES_FILE,
+    library_versions,
+    result_folder,
+    settings_of,
+)
 from sae_lens_matryoshka.synthetic.scores import score
 from sae_lens_matryoshka.synthetic.variants import Variant
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.util.files import atomic_folder
 
-_SHARE_OF_L0 = 10  # the last tenth of the steps
+_L0_SHARE = 10  # `l0_training` is the mean over the last tenth of the steps
 
 
-def train_pass(
+def train_together(
     benchmark: Benchmark,
     variants: Sequence[Variant],
     seed: int,
@@ -35,18 +40,18 @@ def train_pass(
     device: str = "cpu",
     on_step: Callable[[int], object] = lambda n_steps: None,
 ) -> None:
-    """Train variants on one stream of samples, score each as saved, and write each whole.
+    """Train variants on one stream of samples, score them as saved, and save the results.
 
-    The samples depend on the benchmark and the seed alone, and an SAE on its config, the seed and
-    the samples: not on which variants share the pass.
+    A result depends on the benchmark, the variant and the seed alone, not on which variants are
+    trained beside it.
 
     Args:
         benchmark: Model and training settings.
-        variants: What to train, with different names.
-        seed: Of the model's directions, where it has any to choose, the samples and the SAEs.
-        out: The folder that `run_folder` is relative to.
-        device: Where samples are made and SAEs trained.
-        on_step: Called with the number of training steps done since it was called last.
+        variants: What to train, under distinct names.
+        seed: Of the model (where it takes one), the samples and the SAEs.
+        out: Output folder, as for `result_folder`.
+        device: Where to draw samples and train.
+        on_step: Called with the number of training steps since its last call.
 
     Raises:
         ValueError: an SAE diverged.
@@ -55,30 +60,30 @@ def train_pass(
     streams = {v.name: RandomStream(seed, Purpose.SAE, device) for v in variants}
     trainers: dict[str, SAETrainer[TrainingSAE[Any], Any]] = {}
     for variant in variants:
-        with streams[variant.name].drawn():
+        with streams[variant.name].active():
             trainers[variant.name] = _trainer(benchmark, variant, seed, device)
     seconds = dict.fromkeys(trainers, 0.0)
     samples = RandomStream(seed, Purpose.SAMPLES, device)
     for _ in range(benchmark.n_samples // benchmark.batch_size):
-        with samples.drawn():
+        with samples.active():
             x = model.sample(benchmark.batch_size)
         for name, trainer in trainers.items():
             start = time.perf_counter()
-            # Some SAEs draw in training, and the next one must not notice.
-            with streams[name].drawn():
+            # Training may draw random numbers, which must not affect the next SAE.
+            with streams[name].active():
                 _step(trainer, x, name)
             seconds[name] += time.perf_counter() - start
         on_step(len(trainers))
     with ExitStack() as unfinished:
         folders = [
-            unfinished.enter_context(atomic_folder(run_folder(out, variant.name, seed)))
+            unfinished.enter_context(atomic_folder(result_folder(out, variant.name, seed)))
             for variant in variants
         ]
         saved = [
-            _saved(trainer, folder, device)
+            _save_and_load(trainer, folder, device)
             for trainer, folder in zip(trainers.values(), folders, strict=True)
         ]
-        with RandomStream(seed, Purpose.SCORING, device).drawn():
+        with RandomStream(seed, Purpose.SCORING, device).active():
             all_scores = score(saved, model, benchmark.n_scoring_samples)
         for variant, folder, scores in zip(variants, folders, all_scores, strict=True):
             l0_training = trainers[variant.name].sae.cfg.metadata.l0
@@ -87,14 +92,14 @@ def train_pass(
                 "scores": {**scores, "l0_training": l0_training},
                 "seconds": round(seconds[variant.name], 2),
                 "device": device,
-                "versions": versions(),
+                "versions": library_versions(),
             }
             text = json.dumps(record, indent=2, allow_nan=False)
             (folder / SCORES_FILE).write_text(text + "\n")
 
 
-def _saved(trainer: SAETrainer[Any, Any], folder: Path, device: str) -> SAE[Any]:
-    """The trained SAE as it is saved for inference and loaded again."""
+def _save_and_load(trainer: SAETrainer[Any, Any], folder: Path, device: str) -> SAE[Any]:
+    """Save the trained SAE for inference, and load it again."""
     trainer.set_final_sae_metadata()
     trainer.sae.eval()
     trainer.sae.save_inference_model(str(folder))
@@ -102,7 +107,7 @@ def _saved(trainer: SAETrainer[Any, Any], folder: Path, device: str) -> SAE[Any]
 
 
 def _step(trainer: SAETrainer[Any, Any], x: torch.Tensor, name: str) -> None:
-    """One step as SAELens' `MultiSAETrainer` takes it."""
+    """One step, as in SAELens' `MultiSAETrainer`."""
     trainer.maybe_reset_sparsity()
     try:
         trainer.step(x)
@@ -126,8 +131,8 @@ def _trainer(
         lr=benchmark.lr,
         lr_end=benchmark.lr,
         device=device,
-        # Counted from here to the end, which is then a window of the last steps.
-        feature_sampling_window=n_steps - n_steps // _SHARE_OF_L0,
+        # The first window ends here, and a second one runs to the end.
+        feature_sampling_window=n_steps - n_steps // _L0_SHARE,
         logger=LoggingConfig(log_to_wandb=False),
     )
     return SAETrainer(trainer_cfg, sae_class(cfg).to(device), iter(()))

@@ -1,7 +1,8 @@
-"""What is compared: SAEs by architecture, and the Matryoshka SAE with its options varied."""
+"""The SAEs to compare: architectures, and the Matryoshka SAE with its options varied."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -11,23 +12,24 @@ import yaml
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_matryoshka.runs.config import _value, unknown_field
+from sae_lens_matryoshka.runs.config import checked_value, unknown_field
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.util.checks import invalid_option
 
 LEVELS = "levels"
 RECOMMENDED = "recommended"
 _VARIED = MatryoshkaTrainingSAEConfig.architecture()
-_ARCHITECTURES = {"l1": "standard"}  # by the name that papers use
-# The seed of a run is that of its prefixes as well, and its activations have no heads.
+_ARCHITECTURES = {"l1": "standard"}  # named as papers do
+# The run's seed is that of sampled prefixes too, and synthetic activations have no heads.
 _FIXED = ("d_in", "d_sae", "device", "metadata", "prefix_seed", "reshape_activations")
-# SAELens estimates a scale from samples that the other SAEs of a pass would miss.
+# The others estimate a scale from samples, which the SAEs trained beside would miss.
 _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An SAE to train, and the name of its folder and of its row in the tables."""
+    """An SAE to train, and the name of its folder and its table row."""
 
     name: str
     cfg: TrainingSAEConfig
@@ -39,36 +41,35 @@ def plan_variants(
     vary: Sequence[str] = (),
     one_at_a_time: bool = False,
 ) -> list[Variant]:
-    """The variants that `names` and `vary` ask for.
+    """The variants to train.
 
     Args:
-        benchmark: What they are to be trained on.
-        names: Each "l1", "recommended" or an architecture that is registered with SAELens.
-        vary: Each `field=value,value,…`; the product of all is made. `k` is varied in every variant
-            that has it, any other field of `MatryoshkaTrainingSAEConfig` in "matryoshka" alone. A
-            list is written with slashes: `matryoshka_widths=5/20,10/20`. `levels` is a number of
+        benchmark: What they are trained on.
+        names: Each "l1", "recommended" or an architecture registered with SAELens.
+        vary: Each `field=value,value,…`; all combinations are made. `k` is varied in every variant
+            that has it, any other field of `MatryoshkaTrainingSAEConfig` in "matryoshka" alone.
+            Lists are written with slashes: `matryoshka_widths=5/20,10/20`. `levels` is a number of
             levels; see `level_widths`.
-        one_at_a_time: Instead of the product, each value alone against the defaults, which come
-            first.
+        one_at_a_time: Instead of all combinations, vary each field alone, after the defaults.
 
     Raises:
-        ValueError: a name, field or value is not accepted, or a name comes twice.
+        ValueError: a name, field or value is not accepted, or a variant is given twice.
     """
     axes: dict[str, list[tuple[str, Any]]] = {}
     for text in vary:
         field, values = _axis(text)
         if field in axes:
-            raise ValueError(f"--vary {text!r} is not accepted: {field} is varied already.")
+            raise ValueError(f"--vary {text!r} is not accepted: {field} is varied twice.")
         axes[field] = values
     if LEVELS in axes and "matryoshka_widths" in axes:
-        raise ValueError("levels and matryoshka_widths are not varied at once: both are widths.")
+        raise ValueError("levels and matryoshka_widths both set the widths: vary only one.")
     bases = {name: base_config(benchmark, name) for name in names}
     if len(bases) < len(names):
-        raise ValueError(f"--variants {','.join(names)} is not accepted: a name comes twice.")
+        raise ValueError(f"--variants {','.join(names)} is not accepted: a name is given twice.")
     for field in axes:
         if not any(_is_varied(field, name, base) for name, base in bases.items()):
             raise ValueError(
-                f"--vary {field} is not accepted: none of {', '.join(names)} is varied by it; add "
+                f"--vary {field} is not accepted: it varies none of {', '.join(names)}; add "
                 f"{_VARIED} to --variants."
             )
     variants = []
@@ -81,17 +82,17 @@ def plan_variants(
         combined = [(), *((c,) for axis in choices for c in axis)] if one_at_a_time else None
         for choice in combined or product(*choices):
             k = {field: value for field, _, value in choice}.get("k", benchmark.k)
-            # Other options of a recipe follow from its k.
+            # A recipe's other options depend on k.
             sized = base if k == benchmark.k else base_config(replace(benchmark, k=k), name)
             variants.append(_variant(name, sized, choice))
-    twice = {v.name for v in variants if [w.name for w in variants].count(v.name) > 1}
-    if twice:
-        raise ValueError(f"--vary gives {min(twice)} twice.")
+    duplicates = [name for name, n in Counter(v.name for v in variants).items() if n > 1]
+    if duplicates:
+        raise ValueError(f"--vary gives {duplicates[0]} twice.")
     return variants
 
 
 def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
-    """The training config of "l1", "recommended" or a registered architecture, for a benchmark.
+    """The training config of "l1", "recommended" or a registered architecture.
 
     Raises:
         ValueError: the name is none of these, or the benchmark's k is not accepted.
@@ -119,22 +120,22 @@ def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
     names = {f.name for f in fields(config_class)}
     if get_type_hints(config_class).get("k") is int:
         if benchmark.k % 1:
-            raise ValueError(f"k={benchmark.k} is not accepted by {name}: give an integer.")
+            raise invalid_option("k", benchmark.k, f"an integer for {name}")
         sizes["k"] = int(benchmark.k)
     return config_class(**{name: value for name, value in sizes.items() if name in names})
 
 
 def level_widths(n_levels: int, d_sae: int) -> list[int]:
-    """Widths of `n_levels` levels: each adds twice the latents of the one before, as in the paper.
+    """Widths of levels that each add twice as many latents as the one before, as in the paper.
 
-    The widths are d_sae · (2^i − 1) / 2^n, and d_sae. Where the first levels would have no latents
-    of their own, equal steps are taken: 10 levels of 20 latents are 2, 4, …, 20.
+    They are d_sae · (2^i − 1) / 2^n, and d_sae. Where rounding leaves a level without latents of
+    its own, widths grow in equal steps instead: 10 levels of 20 latents are 2, 4, …, 20.
 
     Raises:
-        ValueError: there are not that many levels in d_sae latents.
+        ValueError: there are more levels than latents.
     """
     if not 1 <= n_levels <= d_sae:
-        raise ValueError(f"levels={n_levels} is not accepted: give 1 to d_sae={d_sae}.")
+        raise invalid_option("levels", n_levels, f"1 to d_sae={d_sae}")
     doubling = [round(d_sae * (2**i - 1) / 2**n_levels) for i in range(1, n_levels)] + [d_sae]
     if doubling[0] > 0 and len(set(doubling)) == n_levels:
         return doubling
@@ -142,7 +143,7 @@ def level_widths(n_levels: int, d_sae: int) -> list[int]:
 
 
 def _axis(text: str) -> tuple[str, list[tuple[str, Any]]]:
-    """`field=value,value` as the field, and each value as it is written and as it is."""
+    """Parse `field=value,value` into the field and its values, each as text and as a value."""
     field, equals, values = text.partition("=")
     hints = get_type_hints(MatryoshkaTrainingSAEConfig)
     names = [f.name for f in fields(MatryoshkaTrainingSAEConfig) if f.name not in _FIXED]
@@ -151,7 +152,7 @@ def _axis(text: str) -> tuple[str, list[tuple[str, Any]]]:
     if not equals or not all(values.split(",")):
         raise ValueError(f"--vary {text!r} is not accepted: give {field}=value,value,…")
     hint = int if field == LEVELS else hints[field]
-    return field, [(value, _value(field, _read(value), hint)) for value in values.split(",")]
+    return field, [(value, checked_value(field, _read(value), hint)) for value in values.split(",")]
 
 
 def _read(text: str) -> Any:
@@ -169,10 +170,8 @@ def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str
         changes["matryoshka_widths"] = level_widths(changes.pop(LEVELS), base.d_sae)
     cfg = replace(base, **changes)
     if cfg.normalize_activations not in _NORMALIZATIONS:
-        raise ValueError(
-            f"normalize_activations={cfg.normalize_activations!r} is not accepted here: give one "
-            f"of {', '.join(map(repr, _NORMALIZATIONS))}."
-        )
-    # A slash would make folders; a comma keeps the parts apart.
+        accepted = f"one of {', '.join(map(repr, _NORMALIZATIONS))}"
+        raise invalid_option("normalize_activations", cfg.normalize_activations, accepted)
+    # Names become folders, so no slash.
     parts = (f"{field}={text.replace('/', '-')}" for field, text, _ in choice)
     return Variant(",".join([name, *parts]), cfg)

@@ -12,8 +12,8 @@ from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.cli import synth as cli_synth
 from sae_lens_matryoshka.synthetic.models import TOY
 from sae_lens_matryoshka.synthetic.report import summarize, table
-from sae_lens_matryoshka.synthetic.runs import Run
-from sae_lens_matryoshka.synthetic.training import train_pass
+from sae_lens_matryoshka.synthetic.results import Result
+from sae_lens_matryoshka.synthetic.training import train_together
 from sae_lens_matryoshka.synthetic.variants import plan_variants
 
 SHORT = replace(TOY, n_samples=20 * 64, batch_size=64, n_scoring_samples=2000)
@@ -90,9 +90,9 @@ def test_from_nothing_to_files(tmp_path, capsys, monkeypatch):
     assert told["settings"]["sae"]["k"] == 1
 
     # Again with another variant: only that one is lacking, and all are told of.
-    def train_here(benchmark, lacking, out, *, n_jobs, device):
-        assert {seed: [v.name for v in vs] for seed, vs in lacking.items()} == {0: ["l1"]}
-        train_pass(benchmark, lacking[0], 0, out, device)
+    def train_here(benchmark, untrained, out, *, n_jobs, device):
+        assert {seed: [v.name for v in vs] for seed, vs in untrained.items()} == {0: ["l1"]}
+        train_together(benchmark, untrained[0], 0, out, device)
 
     monkeypatch.setattr(cli_synth, "train_all", train_here)
     assert (
@@ -115,7 +115,7 @@ def test_the_processes_say_which_sae_diverged(tmp_path, capsys, monkeypatch):
 
 def test_a_score_that_some_seeds_lack():
     runs = [
-        Run("a", seed, {}, {"mcc": mcc, **extra}, 1.0, "cpu")
+        Result("a", seed, {}, {"mcc": mcc, **extra}, 1.0, "cpu")
         for seed, (mcc, extra) in enumerate([(0.5, {"absorption": 0.25}), (0.7, {})])
     ]
     spreads = summarize(runs)

@@ -1,4 +1,4 @@
-"""The benchmarks have the probabilities, directions and families that they say."""
+"""The benchmarks have the probabilities, directions and parents that they document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_lens_matryoshka.synthetic.models import (
     toy_model,
 )
 
-PARENTS, CHILDREN, ALONE = [0, 4, 8], [1, 2, 3, 5, 6, 7, 9, 10, 11], list(range(12, 20))
+PARENTS, CHILDREN, INDEPENDENT = [0, 4, 8], [1, 2, 3, 5, 6, 7, 9, 10, 11], list(range(12, 20))
 N = 400_000
 
 
@@ -30,7 +30,7 @@ def test_toy_probabilities(feature_acts):
     deviation = 5 * (0.15 / N) ** 0.5
     torch.testing.assert_close(p[PARENTS], torch.full((3,), 0.15), atol=deviation, rtol=0)
     torch.testing.assert_close(p[CHILDREN], torch.full((9,), 0.03), atol=deviation, rtol=0)
-    torch.testing.assert_close(p[ALONE], torch.full((8,), 0.05), atol=deviation, rtol=0)
+    torch.testing.assert_close(p[INDEPENDENT], torch.full((8,), 0.05), atol=deviation, rtol=0)
     assert p.sum().item() == pytest.approx(1.12, abs=0.01)
     for parent in PARENTS:
         given = feature_acts[feature_acts[:, parent] > 0]
@@ -45,7 +45,7 @@ def test_toy_children_exclude_each_other_and_need_their_parent(feature_acts):
         assert (n_children <= feature_acts[:, parent]).all()
 
 
-def test_toy_directions_are_orthogonal_and_the_seeds_own():
+def test_toy_directions_are_orthogonal_and_depend_on_the_seed():
     features = toy_model(3).feature_dict.feature_vectors
     torch.testing.assert_close(features @ features.T, torch.eye(20), atol=1e-6, rtol=0)
     assert torch.equal(features, toy_model(3).feature_dict.feature_vectors)

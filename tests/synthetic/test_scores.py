@@ -1,4 +1,4 @@
-"""The scores of SAEs that are built by hand, so that each score is known."""
+"""The scores of SAEs built by hand, for which each score is known."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_perfect(model, features):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_absorbing(model, features, sign):
-    """Parents are silent with a child, and each child's latent says both."""
+    """Parents are silent beside a child, whose latent stands for both."""
     W_dec, W_enc = features.clone(), features.clone()
     for parent in PARENTS:
         own = slice(parent + 1, parent + 4)
@@ -84,7 +84,7 @@ def test_absorbing(model, features, sign):
 
 
 def test_the_complement_of_absorption(model, features):
-    """Parents that are there only with a child."""
+    """Latents of parents that are active only beside a child."""
     W_enc = features.clone()
     for parent in PARENTS:
         W_enc[parent] = features[parent + 1 : parent + 4].sum(0)
@@ -94,11 +94,11 @@ def test_the_complement_of_absorption(model, features):
 
 def test_one_pair_of_nine_absorbs(model, features):
     W_enc = features.clone()
-    W_enc[0] -= features[2]  # the first parent is silent with its second child
+    W_enc[0] -= features[2]  # the first parent is silent beside its second child
     assert score(sae_of(features, W_enc), model, 20_000)["absorption"] == pytest.approx(1 / 9)
 
 
-def test_without_pairs_there_is_no_score_of_pairs(model, features):
+def test_without_pairs_their_scores_are_left_out(model, features):
     alone = features[12:]
     scores = score(sae_of(alone, alone), model, 5000)
     assert scores["n_pairs"] == 0
@@ -129,14 +129,14 @@ def test_dead_latents(model, features):
 
 
 def test_more_features_than_latents(model, features):
-    """The nine children are the rarest; who has all others misses nothing that it could have."""
+    """The nine children are the rarest, so an SAE with all others has all that it can."""
     others = [i for i in range(20) if i not in CHILDREN]
     scores = score(sae_of(features[others], features[others]), model, 50_000)
     assert scores["mean_max_decoder_cosine"] == pytest.approx(1)
     assert scores["features_recovered"] == 11
 
 
-def test_against_counting_one_by_one():
+def test_pair_scores_equal_a_loop_over_pairs():
     """A noisy SAE on features that are not orthogonal, with grandchildren."""
     model = synthsaebench_model(0, n_features=90, d_in=48, n_roots=2)
     parents = parents_of(model).tolist()

@@ -1,4 +1,4 @@
-"""Which SAEs the words of the command line ask for."""
+"""Which SAEs the options of the command line give."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_any_registered_architecture():
     assert variant.cfg.l1_coefficient == TOY.l1_coefficient
 
 
-def test_the_product_of_what_is_varied():
+def test_varied_fields_are_combined():
     vary = ["k=1,1.5", "matryoshka_widths=5/20,10/20", "use_matryoshka_aux_loss=true"]
     variants = {v.name: v.cfg for v in plan_variants(TOY, ALL, vary)}
     own = "matryoshka,k={},matryoshka_widths={},use_matryoshka_aux_loss=true"
@@ -51,7 +51,7 @@ def test_the_product_of_what_is_varied():
     assert variants["batchtopk,k=1"].k == 1
 
 
-def test_one_at_a_time_is_each_value_alone_behind_the_defaults():
+def test_one_at_a_time_varies_each_field_alone_after_the_defaults():
     vary = ["stop_gradient=inner,all", "k=1,1.5", "level_weights=0.5"]
     variants = plan_variants(TOY, ["l1", "batchtopk", "matryoshka"], vary, one_at_a_time=True)
     assert [v.name for v in variants] == [
@@ -72,7 +72,7 @@ def test_one_at_a_time_is_each_value_alone_behind_the_defaults():
     assert by_name["matryoshka,level_weights=0.5"].level_weights == 0.5
 
 
-def test_recommended_is_the_recipe_in_the_benchmarks_size():
+def test_recommended_is_the_recipe_at_the_benchmarks_size():
     (variant,) = plan_variants(TOY, ["recommended"])
     expected = MatryoshkaTrainingSAEConfig.recommended(
         d_in=20,
@@ -87,7 +87,7 @@ def test_recommended_is_the_recipe_in_the_benchmarks_size():
     assert expected.to_dict() != plan_variants(TOY, ["matryoshka"])[0].cfg.to_dict()
 
 
-def test_numbers_without_a_dot_are_numbers():
+def test_exponents_without_a_dot_are_numbers():
     (variant,) = plan_variants(TOY, ["matryoshka"], ["aux_loss_coefficient=3e-2"])
     assert variant.cfg.aux_loss_coefficient == 0.03
 
@@ -105,7 +105,7 @@ def test_levels():
 
 
 @given(d_sae=st.integers(1, 5000), share=st.floats(0, 1))
-def test_levels_are_as_many_as_asked_for(d_sae, share):
+def test_level_widths_increase_to_d_sae(d_sae, share):
     n_levels = 1 + int(share * (d_sae - 1))
     widths = level_widths(n_levels, d_sae)
     assert len(widths) == n_levels
@@ -114,32 +114,32 @@ def test_levels_are_as_many_as_asked_for(d_sae, share):
 
 
 @pytest.mark.parametrize(
-    ("names", "vary", "told"),
+    ("names", "vary", "message"),
     [
         (["batchtop"], [], "variant 'batchtop' is not accepted: give one of "),
-        (["l1", "l1"], [], "a name comes twice"),
+        (["l1", "l1"], [], "a name is given twice"),
         (["matryoshka"], ["matryoshka_width=3/20"], "did you mean matryoshka_widths?"),
         (["matryoshka"], ["d_sae=40"], "d_sae is not a field"),
         (["matryoshka"], ["k"], "give k=value,value,…"),
         (["matryoshka"], ["k=1,,2"], "give k=value,value,…"),
         (["matryoshka"], ["k=one"], "k='one' is not accepted: give a finite number"),
         (["matryoshka"], ["k=30"], "at most d_sae=20"),
-        (["matryoshka"], ["k=1", "k=2"], "k is varied already"),
+        (["matryoshka"], ["k=1", "k=2"], "k is varied twice"),
         (["matryoshka"], ["k=1,1"], "gives matryoshka,k=1 twice"),
         (["matryoshka"], ["levels=2.5"], "levels=2.5 is not accepted: give an integer"),
         (["matryoshka"], ["levels=21"], "levels=21 is not accepted: give 1 to d_sae=20"),
-        (["matryoshka"], ["levels=2", "matryoshka_widths=5/20"], "not varied at once"),
+        (["matryoshka"], ["levels=2", "matryoshka_widths=5/20"], "vary only one"),
         (["batchtopk"], ["levels=2"], "add matryoshka to --variants"),
-        (["matryoshka_topk"], [], "k=1.12 is not accepted by matryoshka_topk: give an integer"),
+        (["matryoshka_topk"], [], "k=1.12 is not accepted: give an integer for matryoshka_topk"),
         (["matryoshka"], ["reshape_activations=hook_z"], "reshape_activations is not a field"),
-        (["l1"], ["k=1"], "none of l1 is varied by it"),
+        (["l1"], ["k=1"], "it varies none of l1"),
         (
             ["matryoshka"],
             ["normalize_activations=expected_average_only_in"],
-            "normalize_activations='expected_average_only_in' is not accepted here",
+            "normalize_activations='expected_average_only_in' is not accepted",
         ),
     ],
 )
-def test_mistakes(names, vary, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_mistakes(names, vary, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         plan_variants(TOY, names, vary)
