@@ -1,23 +1,27 @@
 """Matryoshka sparse autoencoders for SAELens.
 
 Importing this package registers the training architectures `"matryoshka"`, `"matryoshka_topk"` and
-`"matryoshka_jumprelu"`.
+`"matryoshka_jumprelu"`, at once or as soon as SAELens is imported. The public names are imported
+when they are first used, so that the command line answers quickly.
 """
 
-from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.levels.slicing import decode_levels, truncate, widths_of
-from sae_lens_matryoshka.training.batchtopk import MatryoshkaTrainingSAE
-from sae_lens_matryoshka.training.config import (
-    MatryoshkaJumpReLUTrainingSAEConfig,
-    MatryoshkaTopKTrainingSAEConfig,
-    MatryoshkaTrainingSAEConfig,
-)
-from sae_lens_matryoshka.training.registration import register
-from sae_lens_matryoshka.training.thresholds import calibrate_threshold
-from sae_lens_matryoshka.training.topk import (
-    MatryoshkaJumpReLUTrainingSAE,
-    MatryoshkaTopKTrainingSAE,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sae_lens_matryoshka.util.on_import import when_imported
+
+if TYPE_CHECKING:
+    from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.levels.slicing import decode_levels, truncate, widths_of
+    from sae_lens_matryoshka.training.batchtopk import MatryoshkaTrainingSAE
+    from sae_lens_matryoshka.training.config import (
+        MatryoshkaJumpReLUTrainingSAEConfig,
+        MatryoshkaTopKTrainingSAEConfig,
+        MatryoshkaTrainingSAEConfig,
+    )
+    from sae_lens_matryoshka.training.jumprelu import MatryoshkaJumpReLUTrainingSAE
+    from sae_lens_matryoshka.training.thresholds import calibrate_threshold
+    from sae_lens_matryoshka.training.topk import MatryoshkaTopKTrainingSAE
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +39,37 @@ __all__ = [
     "widths_of",
 ]
 
-register(MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig)
-register(MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig)
-register(MatryoshkaJumpReLUTrainingSAE, MatryoshkaJumpReLUTrainingSAEConfig)
+_MODULES = {
+    "MatryoshkaJumpReLUTrainingSAE": "training.jumprelu",
+    "MatryoshkaJumpReLUTrainingSAEConfig": "training.config",
+    "MatryoshkaTopKTrainingSAE": "training.topk",
+    "MatryoshkaTopKTrainingSAEConfig": "training.config",
+    "MatryoshkaTrainingSAE": "training.batchtopk",
+    "MatryoshkaTrainingSAEConfig": "training.config",
+    "calibrate_threshold": "training.thresholds",
+    "decode_levels": "levels.slicing",
+    "load_sae": "hub.load",
+    "truncate": "levels.slicing",
+    "widths_of": "levels.slicing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    from sae_lens_matryoshka.training.registration import register_architectures
+
+    register_architectures()
+
+
+when_imported("sae_lens", _register)

@@ -1,4 +1,4 @@
-"""The presets, under the name that they are imported by: see `training.presets`."""
+"""Peer presets under their public name; see `training.presets`."""
 
 from sae_lens_matryoshka.training.presets import bussmann, dictionary_learning
 

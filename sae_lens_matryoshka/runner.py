@@ -1,4 +1,4 @@
-"""The resumable runner, under the name that it is imported by: see `runs.runner`."""
+"""The resumable runner under its public name; see `runs.runner`."""
 
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 

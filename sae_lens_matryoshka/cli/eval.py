@@ -1,46 +1,42 @@
-"""The command `eval`, which runs SAEBench on SAEs and their levels."""
+"""`sae-matryoshka eval`: SAEBench on SAEs and their levels."""
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
-from sae_lens_matryoshka.cli.levels import widths_argument
-from sae_lens_matryoshka.hub.load import located
-from sae_lens_matryoshka.runs.dry_run import go_offline
-from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS, installed, unmet_need
-from sae_lens_matryoshka.saebench.report import AGAIN, write_report
-from sae_lens_matryoshka.saebench.suite import (
-    DEFAULT_EVALUATIONS,
-    Record,
-    Settings,
-    check_names,
-    check_options,
-    plan_suite,
-    run_suite,
+from sae_lens_matryoshka.cli.options import (
+    CommandParser,
+    add_device,
+    add_widths,
+    exit_on_sigterm,
+    names,
+    positive_integer,
 )
 
+# As `saebench.evaluations.EVALUATIONS`, which imports PyTorch
+_EVALUATIONS = """evaluations:
+  absorption, sparse_probing, sparse_probing_sae_probes, scr, tpp, core, ravel, meta_structure
+  unlearning: needs an instruction-tuned model and WMDP's corpus, which its authors send on request
+  autointerp: needs an OpenAI account: set OPENAI_API_KEY"""
+_DEFAULT_EVALUATIONS = "absorption,sparse_probing,scr,tpp,core"
 
-def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[], int]:
-    """`eval SAE … --out DIR`: SAEBench on every level, with tables and plots."""
-    parser.usage = "%(prog)s SAE [SAE ...] --out DIR [options] [--EVALUATION.FIELD VALUE ...]"
-    parser.description = (
-        "Run SAEBench on SAEs and each of their levels. An SAE is a folder, or release:id. What a "
-        "folder holds already is not run again. Fields of SAEBench's configs are set by "
-        "--EVALUATION.FIELD VALUE, lists as '[a, b]'; an unknown field names all."
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser."""
+    parser: CommandParser = commands.add_parser(
+        "eval",
+        help="run SAEBench on each level of SAEs",
+        usage="%(prog)s SAE [SAE ...] --out DIR [options] [--EVALUATION.FIELD VALUE ...]",
+        description="Run SAEBench on SAEs and each of their levels. An SAE is a folder, or "
+        "release:id. Evaluations that the folder holds already are not run again. "
+        "--EVALUATION.FIELD VALUE sets a field of SAEBench's configs; lists are written '[a, b]'.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EVALUATIONS,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "evaluations:\n" + "\n".join(
-        f"  {name}" + (f": needs {evaluation.needs}" if evaluation.needs else "")
-        for name, evaluation in EVALUATIONS.items()
-    )
+    parser.takes_fields = True
     parser.add_argument("saes", nargs="+", metavar="SAE", help="evaluated level by level")
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="SAE", help="baselines, each evaluated whole"
@@ -48,99 +44,105 @@ def plan_eval(parser: argparse.ArgumentParser, words: list[str]) -> Callable[[],
     parser.add_argument(
         "--levels",
         type=_levels,
-        default="all",
+        metavar="all|N,N,…",
         help="all (default), or numbers from 1 on: 1,3",
     )
     parser.add_argument(
         "--evals",
-        type=lambda text: text.split(","),
-        default=list(DEFAULT_EVALUATIONS),
+        type=names,
+        default=_DEFAULT_EVALUATIONS,
         metavar="E,E,…",
-        help=f"default: {','.join(DEFAULT_EVALUATIONS)}",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         default=3,
         metavar="N",
-        help="seeds of each, but for core, which has no chance in it (default: %(default)s)",
+        help="seeds of each, except core, in which nothing is random (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
-    parser.add_argument("--model", help="the model's name, where an SAE does not say it")
-    parser.add_argument(
-        "--matryoshka-widths",
-        type=widths_argument,
-        metavar="W,W,…",
-        help="level widths, for SAEs that do not say their own",
-    )
-    parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    parser.add_argument("--model", help="the model's name, if an SAE's config has none")
+    add_widths(parser)
+    add_device(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check names, levels and paths without a network"
     )
-    parsed, others = parser.parse_known_args(words)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    settings = _settings(args.fields)
+
+    from sae_lens_matryoshka.saebench.evaluations import installed
+    from sae_lens_matryoshka.saebench.suite import check_names, check_options
+
     installed()
-    settings = _settings(others)
-    check_names(parsed.evals, settings)
-    # A dry run may be for another machine.
-    device = "cpu" if parsed.dry_run else parsed.device
-    check_options(parsed.out, parsed.seeds, parsed.model, device)
+    check_names(args.evals, settings)
+    device = "cpu" if args.dry_run else args.device  # a dry run may be for another machine
+    check_options(args.out, args.seeds, args.model, device)
     options = {
-        "levels": None if parsed.levels == "all" else parsed.levels,
-        "evaluations": parsed.evals,
-        "n_seeds": parsed.seeds,
+        "levels": args.levels,
+        "evaluations": args.evals,
+        "n_seeds": args.seeds,
         "settings": settings,
-        "matryoshka_widths": parsed.matryoshka_widths,
-        "model_name": parsed.model,
+        "matryoshka_widths": args.matryoshka_widths,
+        "model_name": args.model,
         "device": device,
     }
-    saes, against = ([_source(text) for text in texts] for texts in (parsed.saes, parsed.against))
-    run = _dry_run if parsed.dry_run else _evaluate
-    return partial(run, saes, against, parsed.out, options)
+    saes, against = ([_source(text) for text in texts] for texts in (args.saes, args.against))
+    return (_dry_run if args.dry_run else _evaluate)(saes, against, args.out, options)
 
 
 def _evaluate(
     saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
 ) -> int:
+    from sae_lens_matryoshka.saebench.report import write_report
+    from sae_lens_matryoshka.saebench.suite import plan_suite, run_suite
+
     plan = plan_suite(saes, out, against=against, **options)
-    signal.signal(signal.SIGTERM, _stop)  # so that SAEBench, in a process of its own, ends too
+    exit_on_sigterm()
     try:
         record = run_suite(plan)
     except (KeyboardInterrupt, SystemExit):
         write_report(plan.record, out, is_finished=False)
-        print(f"\nStopped. {out} has what is finished; {AGAIN}", file=sys.stderr)
+        print(
+            f"\nStopped. {out} has what is finished; the same command resumes.", file=sys.stderr
+        )
         raise
     print(f"\n{write_report(record, out)}\n\n{out / 'report.html'} has the same with plots.")
-    asked = {candidate.key for candidate in plan.candidates}
-    missing = (asked & record.not_run[evaluation].keys() for evaluation in plan.evaluations)
-    return int(any(missing))
-
-
-def _stop(signum: int, frame: Any) -> NoReturn:
-    sys.exit(128 + signum)
+    planned = {candidate.key for candidate in plan.candidates}
+    return int(any(planned & record.not_run[evaluation].keys() for evaluation in plan.evaluations))
 
 
 def _dry_run(
     saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
 ) -> int:
     """Check what can be checked without a network, and say what can't."""
+    from sae_lens_matryoshka.hub.load import repo_and_folder
+    from sae_lens_matryoshka.runs.dry_run import go_offline
+    from sae_lens_matryoshka.saebench.evaluations import unmet_need
+    from sae_lens_matryoshka.saebench.suite import Record, plan_suite
+
     go_offline()
-    here: dict[str, list[list[str]]] = {"saes": [], "against": []}
+    local: dict[str, list[list[str]]] = {"saes": [], "against": []}
     for name, sources in (("saes", saes), ("against", against)):
         for source in sources:
             if len(source) == 2:
-                repo_id, folder = located(*source)
+                repo_id, folder = repo_and_folder(*source)
                 print(f"{':'.join(source)}: {folder} of {repo_id}, not downloaded")
             elif Path(source[0]).is_dir():
-                here[name].append(source)
+                local[name].append(source)
             else:
                 print(f"{source[0]}: not there yet")
     for evaluation in options["evaluations"]:
         if (need := unmet_need(evaluation)) is not None:
             print(f"{evaluation} {need}")
     Record.read(out)
-    if any(here.values()):
+    if any(local.values()):
         try:
-            plan = plan_suite(here["saes"], out, against=here["against"], **options)
+            plan = plan_suite(local["saes"], out, against=local["against"], **options)
         except OSError as error:
             print(f"Not checked: {error}")
         else:
@@ -157,9 +159,10 @@ def _source(text: str) -> list[str]:
     return [release, sae_id] if colon and not Path(text).exists() else [text]
 
 
-def _levels(text: str) -> Sequence[int] | str:
+def _levels(text: str) -> list[int] | None:
+    """The type of --levels; None is all."""
     if text == "all":
-        return text
+        return None
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
@@ -168,8 +171,10 @@ def _levels(text: str) -> Sequence[int] | str:
         ) from None
 
 
-def _settings(words: list[str]) -> Settings:
+def _settings(words: list[str]) -> dict[str, dict[str, Any]]:
     """`--evaluation.field value …` as evaluation → field → value; values are read as YAML."""
+    import yaml
+
     settings: dict[str, dict[str, Any]] = {}
     pairs = iter(words)
     for flag in pairs:
@@ -178,7 +183,7 @@ def _settings(words: list[str]) -> Settings:
         if not flag.startswith("--") or not dot:
             raise ValueError(
                 f"{flag!r} is not an option; --help names them, and --EVALUATION.FIELD VALUE sets "
-                "a field of SAEBench's."
+                "a field of SAEBench's configs."
             )
         if not equals:
             value = next(pairs, None)

@@ -1,27 +1,29 @@
-"""Training configs from YAML: every mistake is named before a model is loaded."""
+"""Training configs from YAML and flags; every mistake is named before a model is loaded."""
 
 from __future__ import annotations
 
 import difflib
-import math
-import types
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.training.options import NestedOptions
-from sae_lens_matryoshka.util.checks import checked_count
+from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
 _SECTIONS = ("sae", "logger")
-# SAELens divides by these, or loops over them for ever, where they are not positive.
+# SAELens divides by these, or loops forever, if they are not positive.
 _COUNTS = (
     "context_size",
     "n_batches_in_buffer",
@@ -32,14 +34,18 @@ _COUNTS = (
     "logger.wandb_log_frequency",
     "logger.eval_every_n_wandb_logs",
 )
-_ACCEPTED = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a finite number",
-    str: "text, in quotes where YAML would read it as something else",
-    type(None): "null",
-    SAEMetadata: "a mapping",
-}
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 3e-4 as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
 
 
 def load_run_config(
@@ -48,8 +54,8 @@ def load_run_config(
     """The training run that a YAML file describes.
 
     Args:
-        path: A file in the shape of `LanguageModelSAERunnerConfig.to_dict()`. What has a default
-            may be left out, `sae.architecture` too: it is "matryoshka" then.
+        path: A file in the shape of `LanguageModelSAERunnerConfig.to_dict()`. Fields with a default
+            may be left out; `sae.architecture` too, which is "matryoshka" then.
         overrides: Values in the same shape that replace those of the file.
 
     Raises:
@@ -66,7 +72,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
         ValueError: the file cannot be read, is not YAML, or holds no mapping.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -77,8 +83,13 @@ def read_config(path: Path | str) -> dict[str, Any]:
     return _mapping(str(path), config)
 
 
+def read_yaml(text: str) -> Any:
+    """The value that YAML text stands for."""
+    return yaml.load(text, _Loader)
+
+
 def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the values of `overrides`; the sections of both are merged, nothing else is."""
+    """`config` with the values of `overrides`; only the sections `sae` and `logger` are merged."""
     result = dict(config)
     for name, value in overrides.items():
         is_section = name in _SECTIONS and isinstance(value, Mapping)
@@ -87,7 +98,7 @@ def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 
 def sae_config_class(config: Mapping[str, Any]) -> type[TrainingSAEConfig]:
-    """The class that `sae.architecture` names; the package's own where nothing does.
+    """The class that `sae.architecture` names; if it is not set, that of "matryoshka".
 
     Raises:
         ValueError: no such training architecture is registered.
@@ -105,28 +116,38 @@ def sae_config_class(config: Mapping[str, Any]) -> type[TrainingSAEConfig]:
 def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[Any]:
     """The training run that a mapping describes; see `load_run_config`."""
     sae_class = sae_config_class(config)
-    names = field_names(sae_class)
-    sections = {name: _mapping(name, config.get(name)) for name in _SECTIONS}
-    nested = (f"{section}.{name}" for section in sections for name in sections[section])
-    for name in (*config, *nested):
-        if name not in names:
-            raise unknown_field(str(name), names)
-    sae = {name: value for name, value in sections["sae"].items() if name != "architecture"}
-    run = {name: value for name, value in config.items() if name not in sections}
-
-    checked_sae = _checked(sae_class, sae, "sae.")
-    checked_logger = _checked(LoggingConfig, sections["logger"], "logger.")
-    checked_run = _checked(LanguageModelSAERunnerConfig, run, "")
+    hints = field_types(sae_class)
+    values = {str(name): value for name, value in config.items() if name not in _SECTIONS}
+    for section in _SECTIONS:
+        nested = _mapping(section, config.get(section))
+        values |= {f"{section}.{name}": value for name, value in nested.items()}
+    values.pop("sae.architecture", None)
+    for name in values:
+        if name not in hints:
+            raise unknown_field(name, hints)
+    for f in fields(sae_class):
+        is_required = f.default is MISSING and f.default_factory is MISSING
+        if is_required and f"sae.{f.name}" not in values:
+            raise ValueError(f"sae.{f.name} is missing.")
+    values = {name: checked_value(name, value, hints[name]) for name, value in values.items()}
     for name in _COUNTS:
-        section, _, key = name.rpartition(".")
-        value = (checked_logger if section else checked_run).get(key, 1)
-        if value < 1:
-            raise ValueError(f"{name}={value!r} is not accepted: give a positive integer.")
+        checked_count(name, values.get(name, 1))
+
+    by_section: dict[str, dict[str, Any]] = {"": {}, "sae": {}, "logger": {}}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        by_section[section][field] = value
     cfg = LanguageModelSAERunnerConfig(
-        **checked_run, sae=sae_class.from_dict(checked_sae), logger=LoggingConfig(**checked_logger)
+        sae=sae_class.from_dict(by_section["sae"]),
+        logger=LoggingConfig(**by_section["logger"]),
+        **by_section[""],
     )
     _check_schedules(cfg)
-    if isinstance(cfg.sae, NestedOptions) and cfg.sae.is_sampled and "prefix_seed" not in sae:
+    if (
+        isinstance(cfg.sae, NestedOptions)
+        and cfg.sae.is_sampled
+        and "sae.prefix_seed" not in values
+    ):
         cfg.sae.prefix_seed = checked_count("seed", cfg.seed, 0)
     return cfg
 
@@ -141,34 +162,27 @@ def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         if end > n_steps:
             raise ValueError(
                 f"sae.{name}={getattr(cfg.sae, name)} is not accepted: the run has {n_steps:,} "
-                "steps, and its schedules are to end within them."
+                "steps, and its schedules have to end within them."
             )
 
 
-def field_names(sae_class: type[TrainingSAEConfig]) -> list[str]:
-    """Every field of a training config, the nested ones with dots: `lr`, `sae`, `sae.k`, …"""
-    return [
-        *(f.name for f in fields(LanguageModelSAERunnerConfig)),
-        "sae.architecture",
-        *(f"sae.{f.name}" for f in fields(sae_class)),
-        *(f"logger.{f.name}" for f in fields(LoggingConfig)),
-    ]
+def field_types(sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
+    """The type of every field of a training config, the nested ones with dots: `lr`, `sae.k`, …"""
+    return {
+        **get_type_hints(LanguageModelSAERunnerConfig),
+        "sae.architecture": str,
+        **{f"sae.{name}": hint for name, hint in get_type_hints(sae_class).items()},
+        **{f"logger.{name}": hint for name, hint in get_type_hints(LoggingConfig).items()},
+    }
 
 
-def unknown_field(name: str, names: Sequence[str]) -> ValueError:
-    """The error for a field that is not among `names`, with the nearest of them."""
-    leaf, leaves = _leaf(name), {_leaf(known) for known in names}
-    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=3)
-    suggested = sorted(
-        (known for known in names if _leaf(known) in near),
-        key=lambda known: near.index(_leaf(known)),
-    )
+def unknown_field(name: str, names: Iterable[str]) -> ValueError:
+    """The error for a field that is not one of `names`, with the nearest of them."""
+    leaf_of = {known: known.rpartition(".")[2] for known in names}
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaf_of.values(), n=1)
+    suggested = [known for known, leaf in leaf_of.items() if leaf in near]
     hint = f"; did you mean {' or '.join(suggested)}?" if suggested else "."
     return ValueError(f"{name} is not a field of a training config{hint}")
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -183,56 +197,68 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _checked(config_class: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """`values` as the fields of `config_class` take them."""
-    hints = get_type_hints(config_class)
-    for f in fields(config_class):
-        is_required = f.default is MISSING and f.default_factory is MISSING
-        if is_required and f.name not in values and f.name not in _SECTIONS:
-            raise ValueError(f"{prefix}{f.name} is missing; accepted: {_accepted(hints[f.name])}.")
-    return {name: _value(prefix + name, value, hints[name]) for name, value in values.items()}
+def overrides_of(
+    flags: Mapping[str, Sequence[str]], sae_class: type[TrainingSAEConfig]
+) -> dict[str, Any]:
+    """The fields that flags set, in the shape of a config.
+
+    Args:
+        flags: The words behind `--field`, by field. They are read as YAML; several are a list.
+        sae_class: The class of the section `sae`.
+
+    Raises:
+        ValueError: a field is unknown, or a value is of the wrong type.
+    """
+    hints = field_types(sae_class)
+    overrides: dict[str, Any] = {}
+    for name, words in flags.items():
+        section, _, field = name.rpartition(".")
+        negated = f"{section}.{field[2:]}".lstrip(".") if field.startswith("no") else ""
+        if name in hints:
+            value = _from_words(name, words, hints[name])
+        elif hints.get(negated) is bool and not words:  # --nostreaming
+            field, value = field[2:], False
+        else:
+            raise unknown_field(name, hints)
+        (overrides.setdefault(section, {}) if section else overrides)[field] = value
+    return overrides
 
 
-def _value(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` takes it, or ValueError."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in args:
-            with suppress(ValueError):
-                return _value(name, value, option)
-    elif origin is Literal:
-        if value in args:
-            return value
-    elif origin in (list, tuple):
-        if isinstance(value, list | tuple):
-            return origin(_value(f"{name}[{i}]", item, args[0]) for i, item in enumerate(value))
-    elif origin is dict or hint is SAEMetadata:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float:
-        # YAML 1.1 reads 3e-4, which has no dot, as text.
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            number = _number(value)
-            if math.isfinite(number):
-                return number if isinstance(value, str) else value
-    elif type(value) is hint:
-        return value
-    raise ValueError(f"{name}={value!r} is not accepted: give {_accepted(hint)}.")
+def _from_words(name: str, words: Sequence[str], hint: Any) -> Any:
+    if not words and hint is not bool:
+        raise ValueError(f"--{name} lacks a value.")
+    values = [_from_yaml(word) for word in words]
+    # One word may be a value, text that YAML reads as something else (a name of digits), or a list.
+    readings = [values[0], words[0], values] if len(words) == 1 else [values or True]
+    for reading in readings:
+        with suppress(ValueError):
+            return checked_value(name, reading, hint)
+    return checked_value(name, readings[0], hint)
 
 
-def _number(value: str | float) -> float:
+def _from_yaml(word: str) -> Any:
     try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
+        value = read_yaml(word)
+    except (yaml.YAMLError, ValueError):  # the second one for dates such as 2000-99-99
+        return word
+    return word if isinstance(value, str) else value
 
 
-def _accepted(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_accepted(option) for option in args)
-    if origin is Literal:
-        return " or ".join(map(repr, args))
-    if origin in (list, tuple):
-        return f"a list, each entry {_accepted(args[0])}"
-    return _ACCEPTED.get(hint, "a mapping")
+def checked_value(name: str, value: Any, hint: Any) -> Any:
+    """`value`, read from YAML, as the type `hint` takes it.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    text = json.dumps(value, default=str)  # JSON has no tuples, so lists are accepted for them
+    try:
+        TypeAdapter(dict if hint is SAEMetadata else hint, config=_STRICT).validate_json(text)
+    except ValidationError as error:
+        problems = error.errors()
+        item = "".join(f"[{i}]" for i in problems[0]["loc"] if isinstance(i, int))
+        accepted = [problem["msg"].removeprefix("Input should be ") for problem in problems]
+        if NoneType in get_args(hint):
+            accepted.append("null")
+        raise invalid_option(name + item, problems[0]["input"], " or ".join(accepted)) from error
+    value = json.loads(text)
+    return tuple(value) if get_origin(hint) is tuple else value

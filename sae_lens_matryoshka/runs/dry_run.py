@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import DTYPE_MAP
 
-from sae_lens_matryoshka.kernels.dispatch import kernels_for
+from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.util.files import check_writable
 from sae_lens_matryoshka.util.hook_names import check_place, short_model_name
 
@@ -77,10 +77,10 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
 def _describe_implementation(sae: Any, device: torch.device) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         return f"{device}: not on this machine, where PyTorch finds no CUDA device"
-    kernels = None
+    backend = None
     if not sae.normalizes_per_row:
-        kernels = kernels_for(sae.implementation, device, DTYPE_MAP[sae.dtype])
-    implementation = "reference" if kernels is None else kernels.implementation
+        backend = backend_for(sae.implementation, device, DTYPE_MAP[sae.dtype])
+    implementation = "reference" if backend is None else backend.implementation
     return f"implementation {implementation!r} on {device}"
 
 

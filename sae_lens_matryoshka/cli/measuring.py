@@ -1,0 +1,141 @@
+"""Measuring the levels of an SAE as the options of `options.add_measuring` say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from sae_lens import SAE, ActivationsStore
+from sae_lens.load_model import load_model
+from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load_file
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+from sae_lens_matryoshka.hub.formats import read_pickle
+from sae_lens_matryoshka.levels.slicing import widths_of
+from sae_lens_matryoshka.levels.stats import (
+    LevelStats,
+    measure_levels,
+    measure_levels_in_model,
+    stats_from_weights,
+)
+from sae_lens_matryoshka.training.code_stats import CodeStats
+from sae_lens_matryoshka.util.checks import invalid_option
+from sae_lens_matryoshka.util.devices import check_device
+from sae_lens_matryoshka.util.suggest import did_you_mean
+
+_SUFFIXES = (".npy", ".pt", ".safetensors")
+
+
+def check_measuring(args: argparse.Namespace) -> None:
+    """Check the options before anything loads.
+
+    Raises:
+        ValueError: one is not accepted, or two contradict each other.
+    """
+    path = args.activations
+    if path and args.dataset:
+        raise ValueError("--activations and --dataset are two ways to measure: give one.")
+    if args.model and not args.dataset:
+        raise ValueError("--model needs --dataset: the texts to run it on.")
+    if path and not path.exists():
+        raise ValueError(f"--activations={str(path)!r} does not exist.")
+    if path and not (path.is_dir() or path.suffix in _SUFFIXES):
+        raise invalid_option("--activations", str(path), f"a folder or one of {_SUFFIXES}")
+    check_device("--device", args.device)
+
+
+def measure(
+    sae: SAE[Any], args: argparse.Namespace, codes: CodeStats | None = None
+) -> list[LevelStats]:
+    """The levels of `sae`: on --activations, or on --dataset in its model, or from its weights.
+
+    Raises:
+        ValueError: the widths of `sae` are not known, or the activations, the dataset or the model
+            can't be read or do not fit it.
+        OSError: the model can't be had.
+    """
+    widths_of(sae)  # raises before anything long begins
+    if args.activations:
+        return measure_levels(sae, _read_activations(args.activations, sae), codes=codes)
+    if not args.dataset:
+        return stats_from_weights(sae)
+    metadata = sae.cfg.metadata
+    for name in ("hook_name", "context_size", "prepend_bos"):
+        if metadata[name] is None:
+            raise ValueError(
+                f"the metadata of this SAE has no {name}, so its model can't be run: measure it "
+                "with --activations."
+            )
+    model_name = args.model or metadata.model_name
+    if model_name is None:
+        raise ValueError("the metadata of this SAE has no model_name: give --model.")
+    model = _load_model(model_name, metadata, args.device)
+    try:
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=args.dataset,
+            streaming=not Path(args.dataset).exists(),
+            store_batch_size_prompts=args.batch_size_prompts,
+            total_tokens=args.n_batches * args.batch_size_prompts * metadata.context_size,
+            device=args.device,
+        )
+    except (DatasetsError, FileNotFoundError) as error:
+        raise ValueError(f"--dataset={args.dataset!r} can't be read: {error}") from error
+    return measure_levels_in_model(sae, model, store, args.n_batches, codes)
+
+
+def measured_on(args: argparse.Namespace) -> str:
+    """What the levels were measured on, without the folders of this machine."""
+    return args.activations.name if args.activations else args.dataset or "nothing"
+
+
+def _load_model(name: str, metadata: SAEMetadata, device: str) -> Any:
+    try:
+        with redirect_stdout(sys.stderr):  # TransformerLens prints; the table is to stand alone
+            model = load_model(
+                metadata.model_class_name or "HookedTransformer",
+                name,
+                device=device,
+                model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+                hook_names=[metadata.hook_name],
+            )
+    except ValueError as error:
+        reason = str(error).partition(". Valid official")[0]
+        hint = did_you_mean(name, OFFICIAL_MODEL_NAMES)
+        raise ValueError(f"the model {name!r} can't be loaded: {reason}{hint}") from error
+    except OSError as error:
+        raise OSError(f"the model {name!r} can't be loaded: {error}") from error
+    if metadata.hook_name not in model.hook_dict:
+        raise ValueError(f"the model {name!r} has no hook {metadata.hook_name!r}.")
+    return model
+
+
+def _read_activations(path: Path, sae: SAE[Any]) -> Any:
+    if path.is_dir():
+        try:
+            data = load_from_disk(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is not a folder of activations: {error}") from error
+        hook_name = sae.cfg.metadata.hook_name
+        if not isinstance(data, Dataset) or hook_name not in data.column_names:
+            raise ValueError(f"{path} holds no activations of {hook_name}.")
+        batches = data.with_format("torch").iter(batch_size=32)
+        return (batch[hook_name] for batch in batches)  # type: ignore[index]
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except Exception as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if len(tensors) != 1:
+        raise ValueError(f"{path} holds {len(tensors)} tensors: give one of activations.")
+    return next(iter(tensors.values()))

@@ -1,0 +1,112 @@
+"""`sae-matryoshka train`: a training run from a YAML file, flags, or both."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import make_dataclass
+from typing import TYPE_CHECKING, Any
+
+from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser
+
+if TYPE_CHECKING:
+    from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser; its flags are fields of classes that depend on the flags."""
+    parser: CommandParser = commands.add_parser(
+        "train", help="train an SAE: train [CONFIG.yaml] [--dry-run] [--field value ...]"
+    )
+    parser.reads_words = True
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from sae_lens_matryoshka.runs.config import (
+        build_run_config,
+        merged,
+        overrides_of,
+        read_config,
+        sae_config_class,
+    )
+    from sae_lens_matryoshka.runs.dry_run import describe_run
+    from sae_lens_matryoshka.runs.runner import check_resumable
+
+    words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
+    has_config = bool(words) and not words[0].startswith("-")
+    config = read_config(words[0]) if has_config else {}
+    flags = _flags(words[has_config:])
+    if architecture := flags.get("sae.architecture"):
+        config = merged(config, {"sae": {"architecture": " ".join(architecture)}})
+    sae_class = sae_config_class(config)
+    if "--help" in args.words or "-h" in args.words:
+        _print_help(sae_class)
+        return 0
+    cfg = build_run_config(merged(config, overrides_of(flags, sae_class)))
+    check_resumable(cfg)
+    if "--dry-run" in args.words:
+        print(describe_run(cfg))
+        return 0
+    return _train(cfg, [PROGRAM, "train", *words])
+
+
+def _flags(words: Sequence[str]) -> dict[str, list[str]]:
+    """The words behind each `--field`; of a field given twice, the last ones."""
+    flags: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values = flags[name] = [value] if equals else []
+        elif values is None:
+            raise ValueError(f"{word!r} belongs to no --field; a config comes first.")
+        else:
+            values.append(word)
+    return flags
+
+
+def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
+    import torch
+
+    from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
+    from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
+
+    torch.manual_seed(cfg.seed)  # SAELens has the field and never reads it
+    try:
+        MatryoshkaTrainingRunner(cfg).run()
+    except TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        if stopped.checkpoint is not None:
+            command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
+            print(f"Resume with: {shlex.join(command)}", file=sys.stderr)
+        return 128 + stopped.signum
+    except Exception:  # of the training itself, which one line would not explain
+        traceback.print_exc()
+        return 1
+    if cfg.output_path is not None:
+        print(f"The trained SAE is in {cfg.output_path}.")
+    return 0
+
+
+def _print_help(sae_class: type[TrainingSAEConfig]) -> None:
+    """Every field with its type, its default and what its class documents."""
+    import simple_parsing
+    from sae_lens import LanguageModelSAERunnerConfig
+
+    parser = simple_parsing.ArgumentParser(
+        prog=f"{PROGRAM} train",
+        usage="%(prog)s [CONFIG.yaml] [--dry-run] [--sae.architecture NAME] [--field value ...]",
+        description="Train an SAE. Flags replace fields of the config; lists are written 1 2 3. "
+        "--dry-run only checks names, widths and paths.",
+        argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
+        nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT,
+    )
+    run_class = make_dataclass("Run", [("sae", sae_class)], bases=(LanguageModelSAERunnerConfig,))
+    run_class.__doc__ = "Every field of a config."
+    parser.add_arguments(run_class, dest="run")
+    parser.print_help()
