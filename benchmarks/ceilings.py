@@ -1,4 +1,4 @@
-"""What the machine can do, measured, and the least time that this leaves for a training step."""
+"""The machine's measured rates, and the least time of a training step that they allow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WARM_UP, _ROUNDS = 5, 20
 class Floor:
     """The encode product at the measured matrix rate, then Adam at the measured bandwidth.
 
-    In it: 2 · batch · d_in · d_sae floating-point operations, and seven passes over float32
-    parameters. Not in it: choosing the latents, decoding, both weight gradients and writing them,
-    clipping (three passes over the gradients), the auxiliary loss and SAELens' statistics. What
-    remains is in every step that computes all pre-activations and runs Adam on all parameters.
+    Included: 2 · batch · d_in · d_sae floating-point operations, and seven passes over float32
+    parameters, which every step needs that computes all pre-activations and runs Adam on all
+    parameters. Not included: selecting the latents, decoding, both weight gradients, clipping, the
+    auxiliary loss and SAELens' statistics.
     """
 
     flops: int

@@ -1,9 +1,10 @@
-"""The SAEs that are compared, each in the trainer of its own library."""
+"""The SAEs to compare, each in its own library's trainer."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -12,7 +13,6 @@ import torch
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
-    LoggingConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
@@ -20,8 +20,10 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
+from typing_extensions import override
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.training.monitoring import FIRST_CHECK
 from sae_lens_matryoshka.training.options import Implementation
 
 ONE_LEVEL = ", one level"
@@ -34,13 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'stop_gradient="inner"': {"stop_gradient": "inner"},
     'stop_gradient="all"': {"stop_gradient": "all"},
     "bias_level=True": {"bias_level": True},
-    'prefix_sampling="log_uniform", n_prefixes=5': {
-        "prefix_sampling": "log_uniform",
-        "n_prefixes": 5,
-    },
-    'prefix_sampling="log_uniform", n_prefixes=10': {
-        "prefix_sampling": "log_uniform",
-        "n_prefixes": 10,
+    **{
+        f'prefix_sampling="log_uniform", n_prefixes={n}': {
+            "prefix_sampling": "log_uniform",
+            "n_prefixes": n,
+        }
+        for n in (5, 10)
     },
     'latent_order="frequency"': {"latent_order": "frequency"},
     'decoder_norm="unit"': {"decoder_norm": "unit"},
@@ -67,32 +68,119 @@ class Setup:
     autocast: bool = False
 
 
-class Contestant:
+class Contestant(ABC):
     """One SAE in its trainer, with its batches."""
 
     parameters: list[torch.Tensor]
 
-    def __init__(self, name: str, setup: Setup):
+    def __init__(self, setup: Setup):
         self.setup = setup
         torch.manual_seed(0)
         self.batches = _batches(setup)
+        self._next_batch = itertools.cycle(self.batches).__next__
         self.dead = torch.zeros(setup.d_sae, dtype=torch.bool, device=setup.device)
         self.dead[torch.randperm(setup.d_sae)[: setup.n_dead]] = True
-        self.turn = 0
-        if name == PEER:
-            self._forward_backward, self._step = _dictionary_learning(self)
-        else:
-            self._forward_backward, self._step = _saelens(name, self)
 
+    @abstractmethod
     def forward_backward(self) -> None:
-        self._forward_backward(self._next_batch())
+        """The SAE's part of a step: loss and gradients."""
 
+    @abstractmethod
     def step(self) -> None:
-        self._step(self._next_batch())
+        """A training step, as the trainer takes it."""
 
-    def _next_batch(self) -> torch.Tensor:
-        self.turn += 1
-        return self.batches[self.turn % len(self.batches)]
+
+class InSAELens(Contestant):
+    """An SAE in SAELens' trainer."""
+
+    def __init__(self, name: str, setup: Setup):
+        super().__init__(setup)
+        self.sae = _make_sae(name, setup)
+        self.parameters = list(self.sae.parameters())
+        cfg = SAETrainerConfig(
+            total_training_samples=10**9,
+            train_batch_size_samples=setup.batch_size,
+            lr_end=3e-4,
+            device=setup.device,
+            autocast=setup.autocast,
+            dead_feature_window=10**6,
+            feature_sampling_window=10**6,
+        )
+        self.trainer = SAETrainer(cfg, self.sae, iter(()))
+        # The monitor of our SAEs observes the latter half of the steps before a check.
+        self.trainer.n_training_steps = FIRST_CHECK // 2
+
+    @override
+    def forward_backward(self) -> None:
+        with self.trainer.autocast_if_enabled:
+            output = self.sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=self._next_batch(),
+                    coefficients={},
+                    dead_neuron_mask=self.dead,
+                    n_training_steps=self.trainer.n_training_steps,
+                    is_logging_step=False,
+                )
+            )
+        output.loss.backward()
+        self.sae.zero_grad()
+
+    @override
+    def step(self) -> None:
+        # As in `SAETrainer.fit`, with the latents that are to count as dead.
+        self.trainer.n_forward_passes_since_fired[self.dead] = 10**7
+        self.trainer.maybe_reset_sparsity()
+        self.trainer.step(self._next_batch())
+        self.trainer.n_training_steps += 1
+
+    def monitored_step(self) -> None:
+        """A training step that the monitor observes, the next one that is due; of our SAEs only."""
+        assert isinstance(self.sae, MatryoshkaTrainingSAE)
+        while not self.sae._monitor.is_due(self.trainer.n_training_steps):
+            self.trainer.n_training_steps += 1
+        self.step()
+
+
+class InDictionaryLearning(Contestant):
+    """A Matryoshka SAE in dictionary_learning's trainer."""
+
+    def __init__(self, setup: Setup):
+        from dictionary_learning.trainers.matryoshka_batch_top_k import (  # type: ignore[import-not-found]
+            MatryoshkaBatchTopKTrainer,
+        )
+
+        super().__init__(setup)
+        self.trainer = MatryoshkaBatchTopKTrainer(
+            steps=10**6,
+            activation_dim=setup.d_in,
+            dict_size=setup.d_sae,
+            k=int(setup.k),
+            layer=0,
+            lm_name="none",
+            group_fractions=[
+                (end - start) / setup.d_sae for start, end in itertools.pairwise([0, *setup.widths])
+            ],
+            device=setup.device,
+        )
+        self.trainer.ae.to(dtype=str_to_dtype(setup.dtype))
+        self.parameters = list(self.trainer.ae.parameters())
+        self.n_steps = 0
+
+    @override
+    def forward_backward(self) -> None:
+        self.trainer.num_tokens_since_fired[self.dead] = 10**9
+        self.trainer.loss(self._next_batch(), step=self.n_steps).backward()
+        self.trainer.ae.zero_grad()
+
+    @override
+    def step(self) -> None:
+        self.trainer.num_tokens_since_fired[self.dead] = 10**9
+        self.trainer.update(self.n_steps, self._next_batch())
+        self.n_steps += 1
+
+
+def make_contestant(name: str, setup: Setup) -> Contestant:
+    return InDictionaryLearning(setup) if name == PEER else InSAELens(name, setup)
 
 
 def _batches(setup: Setup) -> list[torch.Tensor]:
@@ -110,115 +198,15 @@ def _batches(setup: Setup) -> list[torch.Tensor]:
 
 def _make_sae(name: str, setup: Setup) -> TrainingSAE[Any]:
     shape: dict[str, Any] = {
-        "d_in": setup.d_in,
-        "d_sae": setup.d_sae,
-        "k": setup.k,
-        "dtype": setup.dtype,
-        "device": setup.device,
+        field: getattr(setup, field) for field in ("d_in", "d_sae", "k", "dtype", "device")
     }
     if name == SAELENS_FLAT:
         return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
+    shape["matryoshka_widths"] = [setup.d_sae] if name.endswith(ONE_LEVEL) else setup.widths
     if name == SAELENS:
-        cfg = MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=setup.widths)
-        return MatryoshkaBatchTopKTrainingSAE(cfg)
-    return MatryoshkaTrainingSAE(
-        MatryoshkaTrainingSAEConfig(
-            **shape,
-            matryoshka_widths=[setup.d_sae] if name.endswith(ONE_LEVEL) else setup.widths,
-            **OUR_OPTIONS[name.removesuffix(ONE_LEVEL)],
-        )
-    )
-
-
-def _saelens(
-    name: str, contestant: Contestant
-) -> tuple[Callable[[torch.Tensor], None], Callable[[torch.Tensor], None]]:
-    setup = contestant.setup
-    sae = _make_sae(name, setup)
-    trainer = SAETrainer(
-        cfg=SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-            total_training_samples=10**9,
-            device=setup.device,
-            autocast=setup.autocast,
-            lr=3e-4,
-            lr_end=3e-4,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            lr_decay_steps=0,
-            n_restart_cycles=1,
-            train_batch_size_samples=setup.batch_size,
-            dead_feature_window=10**6,
-            feature_sampling_window=10**6,
-            logger=LoggingConfig(log_to_wandb=False),
-            n_batches_for_norm_estimate=1,
-        ),
-        sae=sae,
-        data_provider=iter(()),
-    )
-
-    contestant.parameters = list(sae.parameters())
-
-    def forward_backward(batch: torch.Tensor) -> None:
-        with trainer.autocast_if_enabled:
-            output = sae.training_forward_pass(
-                TrainStepInput(
-                    sae_in=batch,
-                    coefficients={},
-                    dead_neuron_mask=contestant.dead,
-                    n_training_steps=contestant.turn,
-                    is_logging_step=False,
-                )
-            )
-        output.loss.backward()
-        sae.zero_grad()
-
-    def step(batch: torch.Tensor) -> None:
-        trainer.n_forward_passes_since_fired[contestant.dead] = 10**7
-        trainer.step(batch)
-
-    return forward_backward, step
-
-
-def _dictionary_learning(
-    contestant: Contestant,
-) -> tuple[Callable[[torch.Tensor], None], Callable[[torch.Tensor], None]]:
-    from dictionary_learning.trainers.matryoshka_batch_top_k import (  # type: ignore[import-not-found]
-        MatryoshkaBatchTopKTrainer,
-    )
-
-    setup = contestant.setup
-    ends = [0, *setup.widths]
-    trainer = MatryoshkaBatchTopKTrainer(
-        steps=10**6,
-        activation_dim=setup.d_in,
-        dict_size=setup.d_sae,
-        k=int(setup.k),
-        layer=0,
-        lm_name="none",
-        group_fractions=[(b - a) / setup.d_sae for a, b in itertools.pairwise(ends)],
-        device=setup.device,
-    )
-    trainer.ae.to(dtype=str_to_dtype(setup.dtype))
-    contestant.parameters = list(trainer.ae.parameters())
-
-    def mark_dead() -> None:
-        trainer.num_tokens_since_fired[contestant.dead] = 10**9
-
-    def forward_backward(batch: torch.Tensor) -> None:
-        mark_dead()
-        trainer.loss(batch, step=contestant.turn).backward()
-        trainer.ae.zero_grad()
-
-    def step(batch: torch.Tensor) -> None:
-        mark_dead()
-        trainer.update(contestant.turn, batch)
-
-    return forward_backward, step
+        return MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**shape))
+    options = OUR_OPTIONS[name.removesuffix(ONE_LEVEL)]
+    return MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**shape, **options))
 
 
 def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
@@ -236,9 +224,7 @@ def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
 def our_implementations(device: str) -> list[str]:
     """The implementations of this package that run on `device`, the fastest first."""
     has_triton = (
-        torch.device(device).type == "cuda"
-        and "triton" in get_args(Implementation)
-        and importlib.util.find_spec("triton") is not None
+        torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
     )
     return [*(["triton"] if has_triton else []), "sparse", "reference"]
 

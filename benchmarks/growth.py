@@ -1,4 +1,4 @@
-"""How the time of a step grows along one size at a time, and its plot."""
+"""How the time of a step grows with one size at a time, and a plot of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from measuring import DoesNotFit, build, free_memory, measure_times, spread, turns_of
 from precisions import FLOAT32, TF32, Precision, precisions
-from presets import WARM_UP, Job, milliseconds, shape, warning
+from presets import WARM_UP, Job, shape, warning
 from tqdm.auto import tqdm
+
+from sae_lens_matryoshka.util.markdown import markdown_table
 
 BASE = {"d_in": 768, "d_sae": 32768, "batch_size": 4096}
 K, N_LEVELS = 40, 5
@@ -26,9 +28,9 @@ AXES: dict[str, list[int]] = {
 
 
 def doubling_widths(d_sae: int, n_levels: int) -> list[int]:
-    """Each level twice as wide as the one inside it, so that inner levels are narrow.
+    """Levels that each are twice as wide as the one inside.
 
-    Levels at even distances would cost SAELens more: it decodes the second largest level twice.
+    Levels in equal steps would cost SAELens more: it decodes the second largest level twice.
     """
     widths = [d_sae >> halvings for halvings in reversed(range(n_levels))]
     if widths[0] == 0:
@@ -42,14 +44,13 @@ def points(job: Job, precision: Precision) -> Iterator[tuple[str, list[Setup]]]:
     for axis, sizes in AXES.items():
         setups = []
         for size in sizes:
-            sizes_here = {**base, "k": K}
-            if axis != "levels":
-                sizes_here[axis] = size // job.shrink if axis in base else size
-            n_levels = size if axis == "levels" else N_LEVELS
+            point = {**base, "k": K, "levels": N_LEVELS}
+            point[axis] = size // job.shrink if axis in base else size
+            widths = doubling_widths(point["d_sae"], point.pop("levels"))
             setups.append(
                 Setup(
-                    **sizes_here,
-                    widths=doubling_widths(sizes_here["d_sae"], n_levels),
+                    **point,
+                    widths=widths,
                     n_dead=job.n_dead,
                     device=job.device,
                     autocast=precision.autocast,
@@ -84,9 +85,9 @@ def size_of(axis: str, setup: Setup) -> float:
 
 
 def _steps(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str, float] | None]:
-    """Time of a full step of each; None for one that does not fit, even with the memory to itself.
+    """Time of a full step of each; None for one that does not fit into memory, even alone.
 
-    They take turns as long as they fit side by side.
+    Those that fit side by side take turns.
     """
     together, alone = list(names), []
     found: dict[str, dict[str, float]] = {}
@@ -94,9 +95,8 @@ def _steps(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str, f
         try:
             found = _measure(together, setup, rounds)
         except DoesNotFit as error:
-            refused = error.name
-            together.remove(refused)
-            alone.append(refused)
+            together.remove(error.name)
+            alone.append(error.name)
         free_memory()
     for name in alone:
         with suppress(DoesNotFit):
@@ -112,36 +112,35 @@ def _measure(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str,
 
 
 def table(axis: str, measured: list[dict[str, Any]]) -> str:
-    """One axis as Markdown; an empty cell stands for a step that does not fit into memory."""
-    names = list(measured[0]["steps"])
-    lines = [
-        f"| {' | '.join(['d_in × d_sae', 'levels', 'k', 'batch', *names])} |",
-        "|" + "---:|" * (4 + len(names)),
-    ]
-    for point in measured:
-        cells = [
+    """One axis as Markdown; an empty cell is a step that does not fit into memory."""
+    rows = [
+        [
             f"{point['d_in']} × {point['d_sae']}",
-            len(point["widths"]),
-            point["k"],
-            point["batch_size"],
-            *(milliseconds(step["median"]) if step else "" for step in point["steps"].values()),
+            str(len(point["widths"])),
+            str(point["k"]),
+            str(point["batch_size"]),
+            *(
+                records.milliseconds(step["median"]) if step else ""
+                for step in point["steps"].values()
+            ),
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(["", f"**{axis}**: time of a full step", "", *lines, ""])
+        for point in measured
+    ]
+    titles = ["d_in × d_sae", "levels", "k", "batch", *measured[0]["steps"]]
+    return f"**{axis}**: time of a full step\n\n{markdown_table(titles, rows, n_text=0)}"
 
 
 def report(record: dict[str, Any]) -> str:
     """The command, a table for each axis, and the conditions, as Markdown."""
-    tables = [table(axis, measured) for axis, measured in record["axes"].items()]
-    conditions = ", ".join(f"{k} {v}" for k, v in record["conditions"].items())
-    return "\n".join([f"`{record['command']}`", *warning(record), *tables, conditions, ""])
+    tables = (table(axis, measured) for axis, measured in record["axes"].items())
+    return records.text(record, warning(record), *tables)
 
 
 def _base(facts: dict[str, Any]) -> str:
     sizes = {name: size // facts["shrink"] for name, size in BASE.items()}
     return (
-        f"d_in {sizes['d_in']}, and where nothing else is said d_sae {sizes['d_sae']}, {N_LEVELS} "
-        f"levels, k {K}, batch {sizes['batch_size']}"
+        f"d_in {sizes['d_in']}, otherwise d_sae {sizes['d_sae']}, {N_LEVELS} levels, k {K}, "
+        f"batch {sizes['batch_size']}"
     )
 
 

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from contestants import Contestant, Setup
+from contestants import ENCODE, OURS, Contestant, InSAELens, Setup, encode_product, make_contestant
 from tqdm.auto import tqdm
 
-Turn = tuple[str, str]  # a contestant's name, and what of it runs: forward_backward or step
+from sae_lens_matryoshka.training.monitoring import OBSERVED_EVERY
+
+Turn = tuple[str, str]  # a contestant's name, and its method that runs
 KINDS = ("forward_backward", "step")
+_MONITOR_PAIRS = 5  # steps with and without the monitor, per round
 
 
 class DoesNotFit(Exception):
@@ -36,7 +39,7 @@ def build(names: Sequence[str], setup: Setup) -> dict[str, Contestant]:
     contestants = {}
     for name in names:
         with memory_for(name):
-            contestants[name] = Contestant(name, setup)
+            contestants[name] = make_contestant(name, setup)
     return contestants
 
 
@@ -57,7 +60,7 @@ def measure_times(
     device: str,
     title: str = "Rounds",
 ) -> dict[Turn, list[float]]:
-    """Seconds of each turn in each round after the warm-up; in a round every turn comes once."""
+    """Seconds of each turn in each round after the warm-up; every round has every turn once."""
     times: dict[Turn, list[float]] = {turn: [] for turn in turns}
     for _ in tqdm(range(warm_up + rounds), desc=title, disable=None, leave=None):
         for turn, run in turns.items():
@@ -66,8 +69,50 @@ def measure_times(
     return {turn: values[warm_up:] for turn, values in times.items()}
 
 
+def time_steps(
+    contestants: Mapping[str, Contestant],
+    setup: Setup,
+    rounds: int,
+    warm_up: int,
+    title: str = "Rounds",
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of forward-backward and full step of each contestant, and of the encode product.
+
+    For the first of our SAEs also `monitor`; see `monitor_cost`.
+    """
+    turns = turns_of(contestants)
+    with memory_for(ENCODE):
+        turns[ENCODE, "forward_backward"] = encode_product(setup)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for (name, kind), values in measure_times(turns, rounds, warm_up, setup.device, title).items():
+        results.setdefault(name, {})[kind] = spread(values)
+    ours = next((name for name in contestants if name.startswith(OURS)), None)
+    if ours is not None:
+        results[ours]["monitor"] = monitor_cost(ours, contestants[ours], rounds)
+    return results
+
+
+def monitor_cost(name: str, contestant: Contestant, rounds: int) -> dict[str, float]:
+    """What the monitor of training adds to a step, from steps with and without it in turn.
+
+    Returns:
+        observed_step: Seconds of a step that the monitor observes.
+        share: What it adds to the average step, as a share of one that it does not observe.
+    """
+    assert isinstance(contestant, InSAELens)
+    turns: dict[Turn, Callable[[], object]] = {
+        (name, "monitored_step"): contestant.monitored_step,
+        (name, "step"): contestant.step,  # never observed, right after one that is
+    }
+    n_pairs = _MONITOR_PAIRS * rounds
+    times = measure_times(turns, n_pairs, 1, contestant.setup.device, "Monitor")
+    observed, step = (np.array(values) for values in times.values())
+    share = np.median(observed - step) / OBSERVED_EVERY / np.median(step)
+    return {"observed_step": float(np.median(observed)), "share": float(share)}
+
+
 def seconds(run: Callable[[], object], device: str) -> float:
-    """How long `run` takes: on a GPU by its own clock, from an idle GPU to the last kernel."""
+    """Time of `run`: on a GPU by its own clock, from an idle GPU to the last kernel's end."""
     if device == "cpu":
         began = time.perf_counter()
         run()
@@ -93,19 +138,21 @@ def peak_memory(contestant: Contestant, kind: str) -> int:
     Between turns there are no gradients, so those are taken off what a turn adds.
     """
     gradients = sum(p.numel() * p.element_size() for p in contestant.parameters if p.requires_grad)
-    added = []
-    for _ in contestant.batches:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        getattr(contestant, kind)()
-        torch.cuda.synchronize()
-        added.append(torch.cuda.max_memory_allocated() - before)
-    return max(added) - gradients
+    return max(gpu_peak(getattr(contestant, kind)) for _ in contestant.batches) - gradients
+
+
+def gpu_peak(run: Callable[[], object]) -> int:
+    """Bytes on the GPU that `run` adds at its peak."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def free_memory() -> None:
-    """Give back what contestants held that are gone."""
-    if torch.cuda.is_available():  # a process gets its own memory back without being asked
+    """Return the memory of deleted contestants to the GPU."""
+    if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

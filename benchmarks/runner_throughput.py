@@ -5,9 +5,10 @@
 
 Every run is SAELens' own: its runner, activation store and trainer, with the shape and the buffer
 of `configs/`. gpt2 has random weights and random tokens, on which speed does not depend.
-Contestants take turns. Each turn has two runs: an undisturbed one for tokens per second, and one in
-which the calls are timed, for the shares. On CUDA the latter waits for the device where a part
-begins and ends, which slows it. Set-up, warm-up steps and saving are not counted.
+Contestants take turns, each with two runs: an undisturbed one for tokens per second, and one whose
+calls are timed, for the shares of its parts. On CUDA the latter waits for the device where a part
+begins and ends, which slows it. Set-up, warm-up steps and saving are not counted. Steps count from
+2,001 on, where the monitor of our SAEs observes.
 """
 
 from __future__ import annotations
@@ -16,19 +17,16 @@ import contextlib
 import functools
 import gc
 import itertools
-import logging
 import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: the demo's model has an official name
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; the demo's model has an official name
 
 import numpy as np
 import records
@@ -53,12 +51,15 @@ from sae_lens_matryoshka.demo import run as demo
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.runs.config import load_run_config
 from sae_lens_matryoshka.training.widths import paper_widths
+from sae_lens_matryoshka.util.checks import checked_number
+from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.files import check_writable
+from sae_lens_matryoshka.util.markdown import markdown_table
 
 OURS, SAELENS, SAELENS_FLAT = "ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"
 CONTESTANTS = (OURS, SAELENS, SAELENS_FLAT)
 CONFIGS = {"gpt2": "gpt2-small.yaml", "demo": "demo.yaml"}
-N_TOKEN_SEQUENCES = 2048  # of gpt2's random tokens; the store begins again behind the last
+N_TOKEN_SEQUENCES = 2048  # of gpt2's random tokens; the store starts over after the last
 
 
 @dataclass
@@ -81,7 +82,7 @@ def run_config(options: Options) -> LanguageModelSAERunnerConfig[Any]:
     folder = Path(__file__).parent.parent / "configs"
     cfg = load_run_config(folder / CONFIGS[options.model])
     batch_size = options.batch_size or cfg.train_batch_size_tokens
-    # Only over whole refills does the model read as many tokens as the SAE is trained on.
+    # Over whole refills of the buffer the model reads as many tokens as the SAE is trained on.
     n_kept = int(cfg.n_batches_in_buffer * cfg.context_size * cfg.activations_mixing_fraction)
     refill = max(1, n_kept // batch_size)
     n_steps = math.ceil(options.training_tokens / batch_size / refill) * refill
@@ -131,7 +132,7 @@ def sae_config(name: str, ours: MatryoshkaTrainingSAEConfig) -> TrainingSAEConfi
 
 
 def model_and_data(options: Options, context_size: int) -> tuple[HookedTransformer, Dataset]:
-    """The language model and what it reads, without a network."""
+    """The language model and its texts, made offline."""
     if options.model == "demo":
         return _demo_model(options.device), Dataset.from_dict({"text": texts(demo.N_TEXTS, seed=0)})
     cfg = HookedTransformerConfig(
@@ -219,22 +220,19 @@ def summarise(runs: list[Run]) -> dict[str, dict[str, Any]]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown, every ratio against SAELens' Matryoshka SAE."""
     base = results[SAELENS]["tokens_per_second"]
-    lines = [
-        f"| | tokens / s | slowest–fastest | | {' | '.join(PARTS)} | by parts / undisturbed |",
-        f"|---|---:|---:|---:|{'---:|' * len(PARTS)}---:|",
-    ]
-    for name, row in results.items():
-        speed = row["tokens_per_second"]
-        cells = [
+    titles = ["", "tokens / s", "slowest–fastest", "", *PARTS, "by parts / undisturbed"]
+    rows = [
+        [
             name,
-            f"{speed:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
             f"{row['slowest']:,.0f}–{row['fastest']:,.0f}",
-            f"{speed / base:.2f}×",
+            f"{row['tokens_per_second'] / base:.2f}×",
             *(f"{100 * row['shares'][part]:.1f} %" for part in PARTS),
             f"{row['seconds_by_parts'] / row['seconds']:.2f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for name, row in results.items()
+    ]
+    return markdown_table(titles, rows)
 
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -276,28 +274,14 @@ def conditions(options: Options, cfg: LanguageModelSAERunnerConfig[Any]) -> dict
         "device": options.device,
         "threads": torch.get_num_threads(),
         **records.machine(options.device),
-        **records.gpu(options.device),
     }
 
 
-def _command(options: Options) -> str:
-    """The command line that repeats this."""
-    defaults = asdict(Options())
-    flags = [
-        f"--{name}" if value is True else f"--{name} {value}"
-        for name, value in asdict(options).items()
-        if value != defaults[name] and name != "out"
-    ]
-    return " ".join(["python benchmarks/runner_throughput.py", *flags])
-
-
 def _check(options: Options) -> None:
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={options.device!r}: this machine has no CUDA; accepted: 'cpu'.")
+    check_device("device", options.device)
     for name in ("d_sae", "k", "batch_size", "training_tokens", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value}; accepted: more than 0.")
+        if getattr(options, name) is not None:
+            checked_number(name, getattr(options, name), "more than 0", above=0)
     if options.out is not None:
         check_writable("out", Path(options.out).parent)
 
@@ -309,14 +293,12 @@ def main() -> None:
     try:
         _check(options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    warnings.filterwarnings("ignore")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+        parser.error(str(error))
+    records.silence_libraries()
 
     cfg = run_config(options)
     record: dict[str, Any] = {
-        "command": _command(options),
+        "command": records.command("runner_throughput.py", options),
         "conditions": conditions(options, cfg),
         "runs": [],
     }
@@ -330,8 +312,7 @@ def main() -> None:
         gc.collect()  # the SAE and its moments, before the next one's
 
     record["results"] = results = summarise(runs)
-    facts = ", ".join(f"{name} {value}" for name, value in record["conditions"].items())
-    text = "\n".join([f"`{record['command']}`", "", table(results), "", facts, ""])
+    text = records.text(record, table(results))
     print(text)
     records.save(options.out, text, record)
     if options.out is not None:

@@ -6,7 +6,8 @@
     python benchmarks/step_time.py --device cuda --preset gemma    # or gpt2, or sweep
 
 A step is SAELens' own: forward, statistics, backward, gradient clipping and Adam, as
-`SAETrainer.step` runs it. Forward-backward is the SAE's part of it alone. Peers that are not
+`SAETrainer.step` runs it, 2,000 steps into a run, when the monitor of our SAEs observes. What the
+monitor adds is a figure of its own. Forward-backward is the SAE's part alone. Peers that are not
 installed are left out. Times are medians over rounds in which every contestant takes one turn;
 ratios within a run hold where absolute times drift. Memory is what a step adds at its peak to
 parameters and moments, in a process that runs this contestant alone.
@@ -19,14 +20,11 @@ moments; on a CPU none. `--shrink` runs presets on a small machine.
 
 from __future__ import annotations
 
-import logging
-import statistics
-import subprocess
+import multiprocessing
 import sys
-import warnings
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import growth
 import presets
@@ -41,16 +39,17 @@ from contestants import (
     SAELENS,
     SAELENS_FLAT,
     VARIANTS,
-    Contestant,
     Setup,
-    encode_product,
     has_peer,
+    make_contestant,
 )
-from measuring import DoesNotFit, build, measure_times, turns_of
+from measuring import DoesNotFit, build, gpu_peak, time_steps
 from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.training.widths import paper_widths
+from sae_lens_matryoshka.util.checks import checked_count, invalid_option
+from sae_lens_matryoshka.util.devices import check_device
 
 ROUNDS, PRESET_ROUNDS = 9, 20
 LARGEST_SHRINK = 64  # leaves the smallest dictionary of a preset more latents than k
@@ -72,115 +71,42 @@ class Options:
     variants: bool = False  # this package's options instead of the peers
     rounds: int | None = None  # turns of each contestant after the warm-up; 9, with --preset 20
     out: str | None = None  # write OUT.md and OUT.json: the table, its command and conditions
-    memory_of: str | None = None  # measure the memory of this contestant alone, and print it
 
 
 @dataclass
 class Preset:
-    """Shapes and precisions that are set; of the options above only those that say where and how
-    long: n_dead, threads, device, rounds and out."""
+    """Fixed shapes and precisions; of the options above it takes n_dead, threads, device, rounds
+    and out."""
 
     preset: str | None = None  # gemma, gpt2, or sweep (which also writes OUT.png)
     shrink: int = 1  # divide d_in, d_sae and batch by this, to try a preset on a small machine
 
 
 def setup_of(options: Options) -> Setup:
-    return Setup(
-        d_in=options.d_in,
-        d_sae=options.d_sae,
-        widths=paper_widths(options.d_sae),
-        batch_size=options.batch_size,
-        k=options.k,
-        n_dead=options.n_dead,
-        device=options.device,
-        dtype=options.dtype,
-        autocast=options.autocast,
-    )
+    shared = {f.name: getattr(options, f.name) for f in fields(Setup) if f.name != "widths"}
+    return Setup(**shared, widths=paper_widths(options.d_sae))
 
 
-def median_times(options: Options, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each contestant's forward-backward and step."""
-    setup = setup_of(options)
-    turns = {**turns_of(build(names, setup)), (ENCODE, "forward_backward"): encode_product(setup)}
-    medians: dict[str, dict[str, float]] = {}
-    for (name, kind), values in measure_times(turns, rounds, 2, options.device).items():
-        medians.setdefault(name, {})[kind] = statistics.median(values)
-    return medians
-
-
-def measure_memory(options: Options, name: str) -> float:
-    """MiB that a step of `name` adds at its peak, in this process."""
-    contestant = Contestant(name, setup_of(options))
+def measure_memory(options: Options, name: str) -> int:
+    """Bytes that a step of `name` adds at its peak, in a process of its own."""
+    torch.set_num_threads(options.threads)
+    contestant = make_contestant(name, setup_of(options))
     for _ in range(3):
         contestant.step()
     if options.device != "cpu":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        contestant.step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident_mib()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        return gpu_peak(contestant.step)
+    before = _resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for _ in range(3):
         contestant.step()
-    return _resident_mib("VmHWM") - before
+    return _resident_bytes("VmHWM") - before
 
 
-def _resident_mib(field: str = "VmRSS") -> float:
+def _resident_bytes(field: str = "VmRSS") -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
-            return int(line.split()[1]) / 1024
+            return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
-
-
-def _memory_in_own_process(options: Options, name: str) -> float:
-    arguments = [
-        f"--{field}={value}"
-        for field, value in asdict(replace(options, out=None, memory_of=name)).items()
-        if value is not None
-    ]
-    result = subprocess.run(
-        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
-    )
-    return float(result.stdout.splitlines()[-1])
-
-
-def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as Markdown, every ratio against SAELens, or against the default options."""
-    base = results.get(SAELENS, results[OURS])
-    lines = [
-        "| | forward-backward | | full step | | memory of a step | |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in results.items():
-        cells = []
-        for kind, unit, scale in (
-            ("forward_backward", "ms", 1e3),
-            ("step", "ms", 1e3),
-            ("memory_mib", "MiB", 1),
-        ):
-            if kind not in row:
-                cells += ["", ""]
-                continue
-            value = row[kind] * scale
-            if unit == "MiB" and min(value, base[kind]) < 1:  # within what the process holds anyway
-                cells += ["< 1 MiB" if value < 1 else f"{value:.0f} MiB", ""]
-                continue
-            cells.append(f"{value:.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}")
-            cells.append(f"{base[kind] / row[kind]:.{1 if SAELENS in results else 2}f}×")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def conditions(options: Options, rounds: int) -> dict[str, Any]:
-    chosen = {k: v for k, v in asdict(options).items() if k not in ("out", "memory_of")}
-    return {
-        **chosen,
-        "rounds": rounds,
-        "widths": paper_widths(options.d_sae),
-        **records.machine(options.device),
-    }
 
 
 def main() -> None:
@@ -190,17 +116,16 @@ def main() -> None:
     arguments = parser.parse_args()
     options: Options = arguments.options
     preset: Preset = arguments.preset
-    if problem := _device_problem(options.device) or _preset_problem(options, preset):
-        parser.error(problem)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    try:
+        _check(options, preset)
+    except ValueError as error:
+        parser.error(str(error))
+    records.silence_libraries()
     torch.set_num_threads(options.threads)
     if options.device != "cpu":
         torch.cuda.set_device(torch.device(options.device).index or 0)
     try:
-        if options.memory_of is not None:
-            print(measure_memory(options, options.memory_of))
-        elif preset.preset is None:
+        if preset.preset is None:
             run_table(options)
         else:
             run_preset(options, preset)
@@ -208,45 +133,33 @@ def main() -> None:
         sys.exit(f"{error}; take a larger GPU or smaller sizes (--shrink 2 halves a preset's)")
 
 
-def _device_problem(device: str) -> str | None:
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    accepted = ["cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{i}" for i in range(n_gpus))]
-    if device in accepted:
-        return None
-    return (
-        f"--device {device}: PyTorch {torch.__version__} finds {n_gpus or 'no'} CUDA devices; "
-        f"accepted here: {', '.join(accepted)}"
-    )
-
-
-def _preset_problem(options: Options, preset: Preset) -> str | None:
+def _check(options: Options, preset: Preset) -> None:
+    check_device("--device", options.device)
+    checked_count("--rounds", 1 if options.rounds is None else options.rounds)
     if not 1 <= preset.shrink <= LARGEST_SHRINK:
-        return f"--shrink {preset.shrink}: accepted are 1 to {LARGEST_SHRINK}"
-    if options.rounds is not None and options.rounds < 1:
-        return f"--rounds {options.rounds}: accepted are 1 and more"
-    if preset.preset not in (None, "sweep", *presets.PRESETS):
-        return f"--preset {preset.preset}: accepted are {', '.join(presets.PRESETS)} and sweep"
+        raise invalid_option("--shrink", preset.shrink, f"1 to {LARGEST_SHRINK}")
     if preset.preset is None:
-        return "--shrink needs a --preset" if preset.shrink != 1 else None
-    fixed = ("d_in", "d_sae", "batch_size", "k", "dtype", "autocast", "variants", "memory_of")
+        if preset.shrink != 1:
+            raise ValueError("--shrink needs a --preset")
+        return
+    accepted = [*presets.PRESETS, "sweep"]
+    if preset.preset not in accepted:
+        raise invalid_option("--preset", preset.preset, " or ".join(accepted))
+    fixed = ("d_in", "d_sae", "batch_size", "k", "dtype", "autocast", "variants")
     given = [f"--{name}" for name in fixed if getattr(options, name) != getattr(Options(), name)]
     if given:
-        return f"--preset {preset.preset} leaves no choice of {', '.join(given)}"
-    return None
+        raise ValueError(f"--preset {preset.preset} leaves no choice of {', '.join(given)}")
 
 
 def run_preset(options: Options, preset: Preset) -> None:
     assert preset.preset is not None
-    flags = ["--preset", preset.preset]
-    if preset.shrink != 1:
-        flags += ["--shrink", str(preset.shrink)]
     job = presets.Job(
         device=options.device,
         n_dead=options.n_dead,
         shrink=preset.shrink,
         rounds=PRESET_ROUNDS if options.rounds is None else options.rounds,
         threads=options.threads,
-        command=" ".join([_command(options), *flags]),
+        command=records.command("step_time.py", options, preset),
         out=options.out,
     )
     if preset.preset == "sweep":
@@ -259,55 +172,43 @@ def run_table(options: Options) -> None:
     rounds = ROUNDS if options.rounds is None else options.rounds
     peers = [SAELENS, SAELENS_FLAT, *([PEER] if has_peer() else [])]
     names = [OURS, *VARIANTS] if options.variants else [OURS, OURS_FLAT, REFERENCE, *peers]
-    results = median_times(options, names, rounds)
+    setup = setup_of(options)
+    results = time_steps(build(names, setup), setup, rounds, warm_up=2)
     for name in tqdm(names, desc="Memory", disable=None):
-        results[name]["memory_mib"] = _memory_in_own_process(options, name)
-    described = conditions(options, rounds)
-    text = report(options, results, described)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            memory = process.submit(measure_memory, options, name).result()
+        results[name]["memory_bytes"] = {"step": memory}
+    record = {
+        "command": records.command("step_time.py", options),
+        "conditions": {
+            **{k: v for k, v in asdict(options).items() if k != "out"},
+            "rounds": rounds,
+            "widths": setup.widths,
+            **records.machine(options.device),
+        },
+        "results": results,
+    }
+    table = records.step_table(results, OURS if options.variants else SAELENS)
+    text = records.text(record, table, _ratios(results), records.monitor_line(results))
     print(text)
-    records.save(options.out, text, {"conditions": described, "results": results})
+    records.save(options.out, text, record)
 
 
-def report(
-    options: Options, results: dict[str, dict[str, float]], described: dict[str, Any]
-) -> str:
-    """The command, its table, the ratios that sum it up, and the conditions, as Markdown."""
-    ours, encode = results[OURS], results[ENCODE]["forward_backward"]
-    flat, peer = results.get(OURS_FLAT), results.get(SAELENS)
-    ratios = (
-        {}
-        if flat is None or peer is None
-        else {
-            "forward-backward, SAELens / ours": peer["forward_backward"] / ours["forward_backward"],
-            "full step, SAELens / ours": peer["step"] / ours["step"],
-            "forward-backward, ours / encode product": ours["forward_backward"] / encode,
-            "forward-backward, five levels / one level": ours["forward_backward"]
-            / flat["forward_backward"],
-        }
+def _ratios(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The ratios that sum up a comparison with the peers."""
+    if SAELENS not in results:
+        return ""
+    part, step = (
+        {name: row[kind]["median"] for name, row in results.items() if kind in row}
+        for kind in ("forward_backward", "step")
     )
-    return "\n".join(
-        [
-            f"`{_command(options)}`",
-            "",
-            table(results),
-            "",
-            *(f"- {name}: {value:.2f}" for name, value in ratios.items()),
-            "",
-            ", ".join(f"{name} {value}" for name, value in described.items()),
-            "",
-        ]
-    )
-
-
-def _command(options: Options) -> str:
-    """The command line that repeats this run."""
-    defaults = asdict(Options())
-    flags = [
-        f"--{name} {value}"
-        for name, value in asdict(options).items()
-        if value != defaults[name] and name != "out"
-    ]
-    return " ".join(["python benchmarks/step_time.py", *flags])
+    ratios = {
+        "forward-backward, SAELens / ours": part[SAELENS] / part[OURS],
+        "full step, SAELens / ours": step[SAELENS] / step[OURS],
+        "forward-backward, ours / encode product": part[OURS] / part[ENCODE],
+        "forward-backward, five levels / one level": part[OURS] / part[OURS_FLAT],
+    }
+    return "\n".join(f"- {name}: {value:.2f}" for name, value in ratios.items())
 
 
 if __name__ == "__main__":

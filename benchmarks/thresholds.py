@@ -2,23 +2,22 @@
 
     HF_HUB_OFFLINE=1 python benchmarks/thresholds.py --out docs/benchmarks/thresholds.json
 
-Trains on the demo's model and, at some steps, compares three thresholds with the trained weights of
-that step: SAELens' moving average, that average without its start from 0, and what this package
-saves. Each row is one run and one step; errors are of L0 / k − 1, in per cent.
+Trains on the demo's model and, at some steps, compares three thresholds for the weights of that
+step: SAELens' moving average, that average without its start from 0, and what this package saves.
+Each row is one run and one step; the error is L0 / k − 1, in per cent.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
-import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -33,6 +32,7 @@ from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, N_EVAL_BATCHES, run_config
 from sae_lens_matryoshka.demo.run import write_model_and_texts
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.util.markdown import markdown_table
 
 STEPS = (10, 30, 100, 300, 1000, 1200, 1500)
 RUNS: list[dict[str, Any]] = [
@@ -112,20 +112,24 @@ def main() -> None:
     out = out and out.resolve()
     if not HF_HUB_OFFLINE:
         parser.error("set HF_HUB_OFFLINE=1: the model is a local one under an official name")
-    warnings.filterwarnings("ignore")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    records.silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         write_model_and_texts(Path(folder), seed=0)
         os.chdir(folder)
         model = load_model("HookedTransformer", "pythia-70m-deduped", "cpu")
         assert isinstance(model, HookedTransformer)
         rows = [row for options in RUNS for row in measure(options, model)]
-    print("\n| k | normalization | step | moving average | without its start | ours |")
-    print("|---:|---|---:|---:|---:|---:|")
-    for row in rows:
-        cells = " | ".join(f"{row[name]:+.1f} %" for name in COLUMNS)
-        normalization = row.get("normalize_activations", "none")
-        print(f"| {row['k']} | {normalization} | {row['step']} | {cells} |")
+    cells = [
+        [
+            str(row["k"]),
+            row.get("normalize_activations", "none"),
+            str(row["step"]),
+            *(f"{row[name]:+.1f} %" for name in COLUMNS),
+        ]
+        for row in rows
+    ]
+    titles = ["k", "normalization", "step", "moving average", "without its start", "ours"]
+    print("\n" + markdown_table(titles, cells, n_text=2))
     if out:
         out.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""SAELens' training runner with clocks in it: the time of a run, and of each part of it."""
+"""SAELens' training runner, timed: a run, and each part of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from sae_lens_matryoshka.training.monitoring import FIRST_CHECK
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -27,14 +29,15 @@ MODEL, STORE, SAE_STEP, OPTIMIZER, REST = PARTS = (
     "rest",
 )
 N_WARM_UP_STEPS = 8
+FIRST_STEP = FIRST_CHECK // 2 + 1  # from here on the monitor of our SAEs observes
 
 
 class PartTimer:
-    """Attributes the time from `start` to `stop` to the innermost timed call that is running.
+    """Attributes the time from `start` to `stop` to the innermost timed call.
 
     Args:
-        rest: The part that time outside all timed calls belongs to.
-        synchronize: Waits for the device, wherever one part ends and another begins.
+        rest: The part for time outside all timed calls.
+        synchronize: Waits for the device; called where a part begins or ends.
         clock: The time, in seconds.
     """
 
@@ -64,7 +67,7 @@ class PartTimer:
         self.running = False
 
     def timed(self, part: str, function: Callable[P, T]) -> Callable[P, T]:
-        """`function`, whose own time belongs to `part`."""
+        """`function`, with its time attributed to `part`."""
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -81,7 +84,7 @@ class PartTimer:
         return call
 
     def _attribute(self) -> None:
-        """Give the time since the last boundary to the part that ran in it."""
+        """Add the time since the last boundary to the current part."""
         self._synchronize()
         now = self._clock()
         part = self._parts[-1]
@@ -91,7 +94,7 @@ class PartTimer:
 
 @dataclass
 class Run:
-    """What was measured of one run, without set-up and warm-up."""
+    """Measurements of one run, without set-up and warm-up."""
 
     contestant: str
     tokens: int  # that the SAE was trained on
@@ -101,7 +104,7 @@ class Run:
 
 
 class MeasuringRunner(LanguageModelSAETrainingRunner):
-    """SAELens' runner, with a clock at the loop's begin and end, and `by_parts` at its calls."""
+    """SAELens' runner; times the training loop and, if `by_parts`, the calls in it."""
 
     timer: PartTimer
     by_parts: bool
@@ -113,10 +116,11 @@ class MeasuringRunner(LanguageModelSAETrainingRunner):
         self, trainer: SAETrainer[Any, Any]
     ) -> TrainingSAE[Any]:
         log_sparsity = trainer.full_sparsity_window_log
+        trainer.n_training_steps = FIRST_STEP
 
-        # The trainer calls this at the head of every step, and once behind the last.
+        # The trainer calls this before every step, and once after the last.
         def at_boundary() -> dict[str, Any]:
-            if trainer.n_training_steps == N_WARM_UP_STEPS:
+            if trainer.n_training_steps == FIRST_STEP + N_WARM_UP_STEPS:
                 self.tokens = -trainer.n_training_samples
                 self.timer.start()
             elif trainer.n_training_samples >= trainer.cfg.total_training_samples:

@@ -1,11 +1,10 @@
-"""The benchmark of whole runs: what it writes is what it measured, and moments count once."""
+"""The benchmark of whole runs: its medians and shares, and that all time is counted once."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib import image
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONTESTANTS = ["ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"]
@@ -41,7 +39,7 @@ def test_whole_runs_of_the_demo_model(tmp_path: Path) -> None:
     arguments += ["--training_tokens", "2000", "--repeats", "2", "--out", "new/tiny.1"]
     result = run_benchmark(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Training SAE" not in result.stderr, "SAELens' bars are kept out of the way"
+    assert "Training SAE" not in result.stderr, "no progress bars of SAELens"
     record = json.loads((tmp_path / "new" / "tiny.1.json").read_text())
 
     assert [run["contestant"] for run in record["runs"]] == 4 * CONTESTANTS
@@ -70,29 +68,14 @@ def test_whole_runs_of_the_demo_model(tmp_path: Path) -> None:
         shares = [value / sum(medians) for value in medians]
         assert list(row["shares"].values()) == pytest.approx(shares, rel=1e-9)
 
-    text = (tmp_path / "new" / "tiny.1.md").read_text()
-    assert text in result.stdout
-    base = record["results"]["SAELens matryoshka_batchtopk"]["tokens_per_second"]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:7]]
-    for (name, row), (first, speed, spread, ratio, *shares, slower) in zip(
-        record["results"].items(), rows, strict=True
-    ):
-        assert first == name
-        assert speed == f"{row['tokens_per_second']:,.0f}"
-        assert spread == f"{row['slowest']:,.0f}–{row['fastest']:,.0f}"
-        assert ratio == f"{row['tokens_per_second'] / base:.2f}×"
-        assert shares == [f"{100 * row['shares'][part]:.1f} %" for part in PARTS]
-        assert slower == f"{row['seconds_by_parts'] / row['seconds']:.2f}"
     command = "--model demo --d_sae 64 --k 4.0 --batch_size 256 --training_tokens 2000 --repeats 2"
-    assert text.startswith(f"`python benchmarks/runner_throughput.py {command}`")
+    assert record["command"] == f"python benchmarks/runner_throughput.py {command}"
+    assert (tmp_path / "new" / "tiny.1.md").read_text() in result.stdout
     conditions = record["conditions"]
     assert (conditions["d_in"], conditions["widths"]) == (128, [2, 6, 14, 30, 64])
     assert (conditions["device"], conditions["threads"]) == ("cpu", 1)
     assert conditions["tokens_in_buffer"] == 4096
 
-    png = tmp_path / "new" / "tiny.1.png"
-    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert image.imread(png).std() > 0.1, "something is drawn"
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "tiny.1.json",
         "tiny.1.md",
@@ -100,10 +83,10 @@ def test_whole_runs_of_the_demo_model(tmp_path: Path) -> None:
     ]
 
 
-def test_cuda_on_a_machine_without_it_is_one_line(tmp_path: Path) -> None:
+def test_cuda_on_a_machine_without_it_is_refused(tmp_path: Path) -> None:
     result = run_benchmark("--device", "cuda", "--out", "new/gpu", cwd=tmp_path)
     assert result.returncode == 2
-    assert re.fullmatch(r"error: device='cuda'.*no CUDA.*\n", result.stderr)
+    assert "device='cuda' is not accepted: give cpu: PyTorch finds no GPU" in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +101,7 @@ class FakeClock:
         self.now += seconds
 
 
-def test_each_moment_belongs_to_the_innermost_part(timed_runner: Any) -> None:
+def test_time_belongs_to_the_innermost_part(timed_runner: Any) -> None:
     clock = FakeClock()
     timer = timed_runner.PartTimer("rest", clock=clock)
     inner = timer.timed("inner", clock.spend)
@@ -130,7 +113,7 @@ def test_each_moment_belongs_to_the_innermost_part(timed_runner: Any) -> None:
         return "loaded"
 
     outer = timer.timed("outer", load)
-    assert outer(7.0) == "loaded", "before the start, and not counted"
+    assert outer(7.0) == "loaded", "before the start: not counted"
     timer.start()
     clock.spend(0.5)
     assert outer(1.0) == "loaded"
@@ -144,7 +127,7 @@ def test_each_moment_belongs_to_the_innermost_part(timed_runner: Any) -> None:
     assert timer.total == 43.75
 
 
-def test_a_part_that_fails_ends(timed_runner: Any) -> None:
+def test_a_part_ends_when_it_raises(timed_runner: Any) -> None:
     clock = FakeClock()
     timer = timed_runner.PartTimer("rest", clock=clock)
 
@@ -160,7 +143,7 @@ def test_a_part_that_fails_ends(timed_runner: Any) -> None:
     assert timer.seconds == {"store": 3.0, "rest": 1.0}
 
 
-def test_device_is_waited_for_wherever_a_part_begins_or_ends(timed_runner: Any) -> None:
+def test_parts_begin_and_end_with_a_wait_for_the_device(timed_runner: Any) -> None:
     clock, pending = FakeClock(), []
 
     def synchronize() -> None:
@@ -169,7 +152,7 @@ def test_device_is_waited_for_wherever_a_part_begins_or_ends(timed_runner: Any) 
 
     timer = timed_runner.PartTimer("rest", synchronize, clock)
     launch = timer.timed("kernel", pending.append)
-    pending.append(50.0)  # set-up still under way
+    pending.append(50.0)  # set-up still running
     timer.start()
     launch(5.0)
     pending.append(2.0)
