@@ -1,8 +1,8 @@
-"""Build the demo model that ships with the package: tokenizer, training and measurements.
+"""Build the demo model of the package: train it, write it and measure it.
 
     python scripts/build_demo_model.py
 
-It takes some minutes on one CPU thread. The result is an ordinary Hugging Face folder.
+Takes some minutes on one CPU thread, and writes an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -29,8 +30,8 @@ HELD_OUT_SEED = 1_000_003  # of texts that are not trained on
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the corpus is one token with its leading space.
 
-    There are no merges: what is not a word falls back to bytes. Fragments of words would be
-    alphabetic tokens, and the absorption evaluation would ask for their first letter too.
+    There are no merges: anything else falls back to bytes. Fragments of words would be alphabetic
+    tokens, and the absorption evaluation would ask for their first letter too.
     """
     words = [word.replace(" ", "Ġ") for word in corpus.spelling_words()]
     tokens = dict.fromkeys([END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
@@ -64,13 +65,13 @@ def build_model(vocab_size: int) -> GPTNeoXForCausalLM:
             eos_token_id=0,
         )
     )
-    # Words start alike, so that what they learn (letter, topic) outweighs what they started with.
+    # A small start, so that what embeddings learn (letter, topic) outweighs their initialization.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)  # type: ignore[arg-type]
     return model
 
 
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Texts, each after an end-of-text token, in one stream cut into rows: (rows, CONTEXT)."""
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Int[torch.Tensor, "rows context"]:
+    """Texts, each after an end-of-text token, in one stream that is cut into rows."""
     ids = itertools.chain.from_iterable([0, *row] for row in tokenizer(texts)["input_ids"])
     stream = torch.tensor(list(ids))
     return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
@@ -105,7 +106,7 @@ def train(model: GPTNeoXForCausalLM, rows: torch.Tensor) -> None:
 def spelling_accuracy(
     model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
 ) -> float:
-    """Share of spelling prompts whose last answer is the model's most likely next token."""
+    """Share of spelling prompts whose answer the model predicts."""
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     predicted = torch.cat([model(row[:, :-1]).logits[:, -1].argmax(-1) for row in ids.split(64)])
     return (predicted == ids[:, -1]).float().mean().item()
@@ -135,7 +136,7 @@ def main() -> None:
 
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    # The weights are written for their owner alone.
+    # safetensors makes files that only their owner can read.
     (args.out / "model.safetensors").chmod(0o644)
     # transformers 4 does not know the name that transformers 5 gives the tokenizer's class.
     config = args.out / "tokenizer_config.json"

@@ -2,8 +2,8 @@
 
     python scripts/demo_results.py --seeds 3 --work demo_seeds
 
-Each seed of training is one `sae-matryoshka demo`, whose SAEs are then evaluated with as many seeds
-of SAEBench. What is finished in the work folder is not run again.
+For each seed of training, `sae-matryoshka demo` runs once and its SAEs are evaluated with as many
+seeds of SAEBench. What is finished in the work folder is not run again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from sae_lens_matryoshka.demo.compare import EVALUATIONS, SAEBENCH
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS as DESCRIPTIONS
+from sae_lens_matryoshka.util.markdown import markdown_table
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COMMAND = [sys.executable, "-m", "sae_lens_matryoshka"]
@@ -75,13 +76,10 @@ def rows_of(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean ± spread over training seeds, and the evaluation's own spread in brackets."""
+    """Markdown: mean ± spread over training seeds, and the spread over SAEBench's in brackets."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     cells = {(row["sae"], row["width"], row["metric"]): row for row in rows}
-    lines = [
-        "| SAE | width | " + " | ".join(metrics) + " |",
-        "|---|---:|" + "---:|" * len(metrics),
-    ]
+    lines = []
     for sae, width in dict.fromkeys((row["sae"], row["width"]) for row in rows):
         values = []
         for metric in metrics:
@@ -89,12 +87,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             own = row["std_over_evaluation"]
             bracket = "" if own is None else f" ({own:.3f})"
             values.append(f"{row['mean']:.3f} ± {row['std_over_training']:.3f}{bracket}")
-        lines.append(f"| {sae} | {width} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+        lines.append([sae, str(width), *values])
+    return markdown_table(["SAE", "width", *metrics], lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Each evaluation's first metric against width, bars of one deviation over training seeds."""
+    """Each evaluation's first metric against width, with its deviation over training seeds."""
     firsts = {name: DESCRIPTIONS[name].metrics[0] for name in EVALUATIONS}
     figure = Figure(figsize=(4.2 * len(firsts), 3.6), layout="constrained")
     axes = figure.subplots(1, len(firsts))

@@ -1,4 +1,4 @@
-"""The demo's own process: train the two SAEs, evaluate them and every level, report.
+"""The demo's training process: train the two SAEs, evaluate them and every level, report.
 
 Runs in the demo's folder, where the model and the texts are found by their relative names.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -29,11 +30,10 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.demo.corpus import documents
-from sae_lens_matryoshka.demo.nesting import describe, families
-from sae_lens_matryoshka.demo.report import Reading, Row, draw_levels, table
-from sae_lens_matryoshka.demo.run import HELD_OUT_SEED
+from sae_lens_matryoshka.demo.report import Row, TextReconstruction, draw_levels, table
+from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_FOLDER
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.levels.slicing import decode_levels, set_widths, widths_of
+from sae_lens_matryoshka.levels.slicing import decode_levels, set_widths
 from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels_in_model
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.saebench.evaluations import is_installed
@@ -43,10 +43,11 @@ from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
-N_EVAL_BATCHES = 57  # of 2,048 tokens: all held-out texts, in their proportions
-N_NESTING_BATCHES = 24
+N_EVAL_BATCHES = 57  # of 2,048 tokens: every held-out text
 SAEBENCH = Path("saebench")
-# SAEBench's own, but for the data: labelled documents of the demo in the shape of AG News.
+_MEASURED = ("l0", "explained_variance", "ce_recovered")
+LEVELS_COMMAND = "HF_HUB_OFFLINE=1 sae-matryoshka levels matryoshka --dataset held_out"
+# SAEBench's defaults, except for datasets and sizes.
 EVALUATIONS: dict[str, dict[str, Any]] = {
     "absorption": {},
     "sparse_probing": {
@@ -65,10 +66,10 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
 def run_config(
     sae: TrainingSAEConfig, seed: int = 0
 ) -> LanguageModelSAERunnerConfig[TrainingSAEConfig]:
-    """The demo's training run of one SAE; `configs/demo.yaml` holds the same to train from."""
+    """The demo's training run of one SAE; `configs/demo.yaml` is the same as a file."""
     return LanguageModelSAERunnerConfig(
         sae=sae,
-        model_name="pythia-70m-deduped",
+        model_name=MODEL_FOLDER.name,
         hook_name=HOOK_NAME,
         dataset_path="corpus",
         streaming=False,
@@ -102,10 +103,10 @@ def train(
     model: HookedTransformer,
     corpus: Dataset,
 ) -> float:
-    """Train one SAE with SAELens' runner and save it under its architecture's name.
+    """Train one SAE, and save it under its architecture's name.
 
     Returns:
-        Seconds of the run, which include the language model's, without loading model and texts.
+        Seconds of the run, the language model's included, without loading model and texts.
     """
     torch.manual_seed(cfg.seed)
     runner = MatryoshkaTrainingRunner(cfg, override_dataset=corpus, override_model=model)
@@ -115,7 +116,7 @@ def train(
 
 
 def evaluate(sae: SAE[Any], model: HookedTransformer) -> list[LevelStats]:
-    """The levels of a saved SAE on the held-out texts."""
+    """Measure the levels of a saved SAE on the held-out texts."""
     store = ActivationsStore.from_sae(
         model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
     )
@@ -123,37 +124,19 @@ def evaluate(sae: SAE[Any], model: HookedTransformer) -> list[LevelStats]:
 
 
 @torch.no_grad()
-def read_text(sae: SAE[Any], model: HookedTransformer, text: str) -> Reading:
+def reconstruct_text(sae: SAE[Any], model: HookedTransformer, text: str) -> TextReconstruction:
     """What each level reconstructs of the activations on one text."""
     tokens = model.to_tokens(text, prepend_bos=True)
     _, cache = model.run_with_cache(tokens, names_filter=HOOK_NAME)
     activations = cache[HOOK_NAME][0, 1:]
     distances = (activations - sae.b_dec).pow(2).sum(-1)
-    missed = (decode_levels(sae, sae.encode(activations)) - activations).pow(2).sum(-1)
-    return Reading(
-        tokens=[str(token) for token in model.to_str_tokens(tokens[0, 1:])],
-        shares=1 - missed / distances,
-    )
-
-
-@torch.no_grad()
-def tell_nesting(
-    sae: SAE[Any], baseline: SAE[Any], model: HookedTransformer, n_batches: int
-) -> str:
-    """Latents of the first level with those that specialise them, in words, on held-out texts."""
-    store = ActivationsStore.from_sae(
-        model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
-    )
-    batches = [store.get_batch_tokens() for _ in range(n_batches)]
-    x = torch.cat([store.get_activations(tokens).flatten(0, -2) for tokens in batches])
-    tokens = model.to_str_tokens(torch.cat(batches).flatten())
-    return describe(
-        families(sae.encode(x), baseline.encode(x), list(map(str, tokens)), widths_of(sae))
-    )
+    errors = (decode_levels(sae, sae.encode(activations)) - activations).pow(2).sum(-1)
+    token_strings = [str(token) for token in model.to_str_tokens(tokens[0, 1:])]
+    return TextReconstruction(token_strings, explained=1 - errors / distances)
 
 
 def evaluate_with_saebench() -> str:
-    """Absorption, sparse probing and core of both SAEs and every level, by SAEBench itself.
+    """Run SAEBench's absorption, sparse probing and core on both SAEs and every level.
 
     Returns:
         The table, which is in `saebench/` as well.
@@ -174,11 +157,11 @@ def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     start = time.perf_counter()
-    model = load_model("HookedTransformer", "pythia-70m-deduped", "cpu")
+    model = load_model("HookedTransformer", MODEL_FOLDER.name, "cpu")
     assert isinstance(model, HookedTransformer)
-
     corpus = load_dataset("corpus", split="train")
     assert isinstance(corpus, Dataset)
+
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
     saes: dict[str, SAE[Any]] = {}
@@ -191,20 +174,19 @@ def main(seed: int) -> None:
         if not isinstance(sae_cfg, MatryoshkaTrainingSAEConfig):
             set_widths(sae, [D_SAE])
         print(f"Evaluating the levels of {name}", flush=True)
-        for level in evaluate(sae, model):
-            measured = level._asdict()
-            row = Row(
+        rows += [
+            Row(
                 sae=name,
                 width=level.width,
                 l0_training=frequencies[name][: level.width].sum().item(),
                 seconds=seconds if level.width == D_SAE else None,
-                **{name: measured[name] for name in ("l0", "explained_variance", "ce_recovered")},
+                **{name: getattr(level, name) for name in _MEASURED},
             )
-            rows.append(row)
+            for level in evaluate(sae, model)
+        ]
 
-    Path("results.json").write_text(
-        json.dumps({"seed": seed, "rows": [row._asdict() for row in rows]}, indent=2)
-    )
+    results = {"seed": seed, "rows": [row._asdict() for row in rows]}
+    Path("results.json").write_text(json.dumps(results, indent=2))
     Path("results.md").write_text(table(rows) + "\n")
     text = documents(1, seed + HELD_OUT_SEED)[0].text
     draw_levels(
@@ -212,17 +194,14 @@ def main(seed: int) -> None:
         rows,
         frequencies["matryoshka"],
         frequencies["batchtopk"],
-        read_text(saes["matryoshka"], model, text),
+        reconstruct_text(saes["matryoshka"], model, text),
     )
     print(f"\n{table(rows)}\n")
-    nesting = tell_nesting(saes["matryoshka"], saes["batchtopk"], model, N_NESTING_BATCHES)
-    Path("nesting.md").write_text(nesting + "\n")
-    print(f"What is inside what, on held-out texts:\n\n{nesting}\n")
-    files = "batchtopk/, matryoshka/, results.json, results.md, levels.png, nesting.md"
+    files = "batchtopk/, matryoshka/, results.json, results.md, levels.png"
     if is_installed():
         print(
-            "Evaluating both and every level with SAEBench, whose core reads fewer of the held-out "
-            "texts than the table above",
+            "Evaluating both SAEs and every level with SAEBench; its core evaluation reads fewer "
+            "held-out texts than the table above",
             flush=True,
         )
         print(f"\n{evaluate_with_saebench()}\n")
@@ -230,6 +209,7 @@ def main(seed: int) -> None:
     else:
         print("For absorption and sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
     print(f"Saved in {Path.cwd()}: {files}")
+    print(f"More about the levels: cd {shlex.quote(str(Path.cwd()))} && {LEVELS_COMMAND}")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 

@@ -1,9 +1,9 @@
-"""The demo corpus: text written by this module from word lists, the same for the same seed.
+"""The demo corpus: text that this module generates from word lists, reproducible by seed.
 
 It has three kinds of text. *Spelling prompts* follow SAEBench's absorption evaluation, so a model
-trained on them can name a word's first letter. *Word lists* have lines of words that begin alike,
-as in an index, so a model has a reason to hold the letter where it reads the word. *Documents* have
-a topic inside a domain, so a model's activations have a hierarchy: the domain's general words, and
+trained on them can name a word's first letter. *Word lists* have lines of words with the same first
+letter, so a model has a reason to represent the letter at the word's own token. *Documents* have a
+topic inside a domain, so a model's activations have a hierarchy: the domain's general words, and
 the topic's specific ones.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_letters, ascii_uppercase
 from typing import Any, NamedTuple
 
-WORDS_PER_PROMPT = 11  # the evaluation shows ten solved words and asks for one more
+WORDS_PER_PROMPT = 11  # the evaluation solves ten words and asks for one more
 OPENERS = ("Each", "Every", "One", "That", "The", "This")
 SENTENCES = (
     "{opener} {adj} {noun} {verb} {prep} the {noun}.",
@@ -26,8 +26,8 @@ SENTENCES = (
     "{opener} {noun} of the {noun} {verb} {prep} {det} {noun} and {verb}.",
 )
 DETERMINERS = ("the", "this", "that", "every", "each", "one")
-# Weights of drawing a word from the topic, its domain, a sibling topic and the neutral words.
-# Siblings and neutral words keep a single token from deciding the topic.
+# Probabilities that a word comes from the topic, its domain, a sibling topic or the neutral words.
+# The last two keep a single token from determining the topic.
 SOURCE_WEIGHTS = (0.40, 0.22, 0.05, 0.33)
 
 
@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 @cache
 def _words() -> dict[str, Any]:
-    """The word lists of `words.json`, every list of lines split into words."""
+    """The word lists of `words.json`, whose lines are split into words."""
 
     def split(node: Any) -> Any:
         if isinstance(node, list):
@@ -56,17 +56,11 @@ def topics() -> dict[str, list[str]]:
     return {name: list(domain["topics"]) for name, domain in _words()["domains"].items()}
 
 
-def topic_words(domain: str, topic: str) -> set[str]:
-    """Words that are specific to a topic; a few of them (`bass`, `bank`) belong to two topics."""
-    by_kind = _words()["domains"][domain]["topics"][topic]
-    return {word for words in by_kind.values() for word in words}
-
-
 def vocabulary() -> list[str]:
-    """Every word of the corpus in lower case, sorted: 35 or more for each letter.
+    """Every word of the corpus in lower case, sorted: 35 or more for each first letter.
 
-    The rarest letters have some invented words, because English has too few for a probe to be
-    trained on some and tested on others.
+    The rarest letters have some invented words, because English has too few to train a probe on
+    some and test it on others.
     """
 
     def flatten(node: Any) -> list[str]:
@@ -80,8 +74,8 @@ def vocabulary() -> list[str]:
 def spelling_words() -> list[str]:
     """All strings that spelling prompts ask about, with their leading space where they have one.
 
-    The evaluation asks about every alphabetic token, so these must be all of the tokenizer's:
-    the vocabulary, the capitalised openers, the answers (" A") and the bare letters of its bytes.
+    The evaluation asks about every alphabetic token, so these are all of the tokenizer's: the
+    vocabulary, the capitalised openers, the answers (" A") and the bare letters of its bytes.
     """
     spaced = [*vocabulary(), *OPENERS, *ascii_uppercase]
     return [f" {word}" for word in spaced] + [*OPENERS, *ascii_letters]
@@ -90,7 +84,7 @@ def spelling_words() -> list[str]:
 def spelling_prompts(n: int, seed: int) -> list[str]:
     """`n` first-letter prompts of eleven lines, in the format of SAEBench's absorption evaluation.
 
-    Each ends with its answer, two characters (" B"): what precedes is the evaluation's prompt.
+    Each ends with its answer, two characters (" B"); the rest is the evaluation's prompt.
     """
     rng = random.Random(f"spelling {seed}")
     words = spelling_words()
@@ -102,18 +96,20 @@ def spelling_prompts(n: int, seed: int) -> list[str]:
 
 
 def word_lists(n: int, seed: int) -> list[str]:
-    """`n` lists of four lines, each of six to twelve words that begin with the same letter.
+    """`n` lists of four lines, each of six to twelve words with the same first letter.
 
-    Spelling prompts alone teach a small model to look the answer up later, by the word's identity,
-    and linear probes on the word's token then find few of the letters.
+    With spelling prompts alone, a small model looks the answer up at a later token, by the word's
+    identity, and linear probes at the word's token find few of the letters.
     """
     rng = random.Random(f"lists {seed}")
-    alike: dict[str, list[str]] = {}
+    by_letter: dict[str, list[str]] = {}
     for word in vocabulary():
-        alike.setdefault(word[0], []).append(word)
+        by_letter.setdefault(word[0], []).append(word)
 
     def line() -> str:
-        return "\n " + " ".join(rng.sample(rng.choice(list(alike.values())), rng.randint(6, 12)))
+        return "\n " + " ".join(
+            rng.sample(rng.choice(list(by_letter.values())), rng.randint(6, 12))
+        )
 
     return ["".join(line() for _ in range(4)) for _ in range(n)]
 
@@ -126,9 +122,7 @@ def documents(n: int, seed: int) -> list[Document]:
 
 
 def labelled_documents(n: int, seed: int) -> dict[str, list[Any]]:
-    """`n` documents as columns `text` and `label`, the index of the document's domain: the shape of
-    AG News, which SAEBench's sparse probing reads.
-    """
+    """`n` documents in the columns of AG News: `text` and `label`, the index of the domain."""
     domains = list(topics())
     rows = documents(n, seed)
     return {
@@ -138,9 +132,7 @@ def labelled_documents(n: int, seed: int) -> dict[str, list[Any]]:
 
 
 def texts(n: int, seed: int) -> list[str]:
-    """`n` shuffled texts, what the demo's model and its SAEs train on: half of them documents, a
-    quarter spelling prompts and a quarter word lists.
-    """
+    """`n` shuffled texts: half documents, a quarter spelling prompts, a quarter word lists."""
     share = n // 4
     mixed = spelling_prompts(share, seed) + word_lists(share, seed)
     mixed += [document.text for document in documents(n - 2 * share, seed)]

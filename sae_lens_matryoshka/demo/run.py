@@ -1,4 +1,4 @@
-"""The demo: a small language model, BatchTopK against Matryoshka, offline, in a few minutes."""
+"""The demo: BatchTopK against Matryoshka on a small language model, offline, in a few minutes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
 
 # TransformerLens loads official names only; transformers takes a folder of that name first.
 MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
-# SAEBench knows data sets by name, and this shape by this one.
+# SAEBench knows datasets by name, and the columns `text` and `label` by this one.
 LABELLED_FOLDER = Path("fancyzhx") / "ag_news"
 N_TEXTS, N_HELD_OUT = 24_000, 2_000
-HELD_OUT_SEED = 10_000  # added to the run's seed, for texts that no SAE was trained on
-LABELLED_SEEDS = {"train": 20_000, "test": 30_000}  # as well
 N_LABELLED = 4_000  # documents in each split
+# Added to the run's seed, so that no text was trained on.
+HELD_OUT_SEED = 10_000
+LABELLED_SEEDS = {"train": 20_000, "test": 30_000}
 _MARKER = "demo.txt"
 
 
 def run_demo(out: Path, seed: int = 0) -> int:
-    """Train SAELens' `batchtopk` and our `matryoshka` on the demo model and compare them.
+    """Train SAELens' `batchtopk` and our `matryoshka` on the demo model, and compare them.
 
     Leaves in `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
-    `results.md`, `levels.png` and `nesting.md`, beside the model and the texts that they were
-    trained on, and where SAEBench is installed, its results on both and every level in `saebench/`.
+    `results.md` and `levels.png`, beside the model and the texts that they were trained on, and, if
+    SAEBench is installed, its results on both and every level in `saebench/`.
 
     Args:
-        out: Folder for everything, made if missing; a demo that is there is run anew.
+        out: Output folder, made if missing. A demo in it is replaced.
         seed: Of the texts, the weights and the order of the activations.
 
     Returns:
-        The exit code of the process that trains.
+        The exit code of the training process.
 
     Raises:
         ValueError: `out` holds something other than a demo.
@@ -60,22 +61,21 @@ def run_demo(out: Path, seed: int = 0) -> int:
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", str(seed)],
-        cwd=out,
-        env=environment,
-        check=False,
-    ).returncode
+    command = [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", str(seed)]
+    return subprocess.run(command, cwd=out, env=environment, check=False).returncode
 
 
 def write_model_and_texts(out: Path, seed: int) -> None:
-    """Put the demo's model, and the texts to train and to evaluate on, where `out` is the cwd."""
+    """Write the demo's model and its texts, to be found by processes that run in `out`."""
     shutil.copytree(Path(__file__).with_name("model"), out / MODEL_FOLDER, dirs_exist_ok=True)
-    for name, n, offset in (("corpus", N_TEXTS, 0), ("held_out", N_HELD_OUT, HELD_OUT_SEED)):
-        (out / name).mkdir(exist_ok=True)
-        rows = Dataset.from_dict({"text": texts(n, seed + offset)})
-        rows.to_parquet(out / name / "train.parquet")
-    (out / LABELLED_FOLDER).mkdir(parents=True, exist_ok=True)
-    for split, offset in LABELLED_SEEDS.items():
-        rows = Dataset.from_dict(labelled_documents(N_LABELLED, seed + offset))
-        rows.to_parquet(out / LABELLED_FOLDER / f"{split}.parquet")
+    columns = {
+        Path("corpus", "train"): {"text": texts(N_TEXTS, seed)},
+        Path("held_out", "train"): {"text": texts(N_HELD_OUT, seed + HELD_OUT_SEED)},
+        **{
+            LABELLED_FOLDER / split: labelled_documents(N_LABELLED, seed + offset)
+            for split, offset in LABELLED_SEEDS.items()
+        },
+    }
+    for path, dataset in columns.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(dataset).to_parquet(out / f"{path}.parquet")

@@ -290,7 +290,7 @@ def _jumprelu(
     return cfg, state_dict
 
 
-def overridden(cfg: Config, overrides: Mapping[str, Any]) -> Config:
+def with_overrides(cfg: Config, overrides: Mapping[str, Any]) -> Config:
     """`cfg` with what SAELens' table of releases says of it, each value in its place."""
     metadata = {name: value for name, value in overrides.items() if name in LLM_METADATA_KEYS}
     others = {name: value for name, value in overrides.items() if name not in LLM_METADATA_KEYS}

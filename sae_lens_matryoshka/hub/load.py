@@ -41,9 +41,9 @@ from sae_lens_matryoshka.hub.formats import (
     Config,
     Format,
     StateDict,
-    overridden,
     read_json,
     read_pickle,
+    with_overrides,
 )
 from sae_lens_matryoshka.levels.slicing import set_widths
 
@@ -96,8 +96,8 @@ def load_sae(
         sae = _from_folder(Path(release_or_dir), options)
     else:
         release, sae_id = str(release_or_dir), sae_id.strip("/")
-        repo_id, _ = located(release, sae_id)
-        with _clear_errors(repo_id, sae_id):
+        repo_id, _ = repo_and_folder(release, sae_id)
+        with _errors_naming_source(repo_id, sae_id):
             sae = _from_hub(release, sae_id, options)
     if matryoshka_widths is not None:
         set_widths(sae, matryoshka_widths)
@@ -115,7 +115,7 @@ def load_sae(
 
 def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
     if not folder.is_dir():
-        raise ValueError(_no_folder(folder))
+        raise ValueError(_missing_folder_message(folder))
     if _is_in_training(folder):
         raise ValueError(
             f"{folder} is a checkpoint of a training, not a finished SAE. Load it with "
@@ -124,14 +124,14 @@ def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
     for layout in FORMATS:
         if (folder / layout.config).is_file() and (folder / layout.weights).is_file():
             converter = {} if layout.read is None else {"converter": _disk_loader(layout)}
-            with _clear_errors(str(folder)):
+            with _errors_naming_source(str(folder)):
                 read_json(folder / layout.config)
                 return SAE.load_from_disk(folder, **options, **converter)  # type: ignore[arg-type]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds no SAE: {_LAYOUTS}; found {found}.")
 
 
-def _no_folder(path: Path) -> str:
+def _missing_folder_message(path: Path) -> str:
     if path.exists():
         return f"{path} is a file: give its folder."
     known = get_pretrained_saes_directory().get(str(path))
@@ -149,13 +149,13 @@ def _is_in_training(folder: Path) -> bool:
         return True
     if not (folder / SAELENS.config).is_file():
         return False
-    with _clear_errors(str(folder)):
+    with _errors_naming_source(str(folder)):
         architecture = read_json(folder / SAELENS.config).get("architecture")
     return architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY
 
 
 def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:
-    repo_id, folder = located(release, sae_id)
+    repo_id, folder = repo_and_folder(release, sae_id)
     if release in get_pretrained_saes_directory():
         loader = get_conversion_loader_name(release)
         layout = next((layout for layout in FORMATS if layout.loader == loader), None)
@@ -192,7 +192,7 @@ def _disk_loader(layout: Format) -> PretrainedSaeDiskLoader:
     ) -> tuple[Config, StateDict]:
         assert layout.read is not None
         cfg, state_dict = layout.read(Path(path) / layout.config, Path(path) / layout.weights)
-        return overridden(cfg, {"device": device, **(cfg_overrides or {})}), state_dict
+        return with_overrides(cfg, {"device": device, **(cfg_overrides or {})}), state_dict
 
     return load
 
@@ -219,7 +219,11 @@ def _hub_loader(layout: Format) -> PretrainedSaeHuggingfaceLoader:
         if config is not None and layout.reads(read_json(config)):
             assert layout.read is not None
             cfg, state_dict = layout.read(config, download(layout.weights))
-            return overridden(cfg, {"device": device, **(cfg_overrides or {})}), state_dict, None
+            return (
+                with_overrides(cfg, {"device": device, **(cfg_overrides or {})}),
+                state_dict,
+                None,
+            )
         assert layout.loader is not None
         if layout.weights.endswith(".pt"):
             # SAELens leaves the choice of weights_only to PyTorch, so the pickle is checked before.
@@ -235,7 +239,7 @@ _LAYOUTS = "accepted: " + ", or ".join(
 )
 
 
-def located(release: str, sae_id: str) -> tuple[str, str]:
+def repo_and_folder(release: str, sae_id: str) -> tuple[str, str]:
     """Repository and folder of an SAE, its names checked as far as SAELens' table goes."""
     known = get_pretrained_saes_directory().get(release)
     if known is None and "/" not in release:
@@ -266,7 +270,7 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _clear_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
+def _errors_naming_source(source: str, sae_id: str | None = None) -> Iterator[None]:
     """What the Hub's client, SAELens and the readers raise, as one of three built-in errors."""
     where = source if sae_id is None else f"{source} {sae_id}"
     try:

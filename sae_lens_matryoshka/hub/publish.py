@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_matryoshka.hub.load import hub_error, load_sae
 from sae_lens_matryoshka.levels.report import level_note, level_table
-from sae_lens_matryoshka.levels.slicing import levels, widths_of
+from sae_lens_matryoshka.levels.slicing import levels, set_widths, widths_of
 from sae_lens_matryoshka.levels.stats import LevelStats, stats_from_weights
 from sae_lens_matryoshka.util.files import atomic_folder
 
@@ -44,6 +45,7 @@ def publish(
     repo_id: str,
     sae_id: str | None = None,
     *,
+    sae: SAE[Any] | None = None,
     matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
     measured_on: str = "its data",
@@ -59,6 +61,7 @@ def publish(
         folder: An SAE as `load_sae` takes it.
         repo_id: `owner/name`; made if it does not exist.
         sae_id: The SAE's folder in the repository; the hook's name where left out.
+        sae: The SAE that `load_sae` loaded from `folder`, if you have it already.
         matryoshka_widths: As `load_sae` takes them.
         stats: What the card says of the levels; what the weights tell, where left out.
         measured_on: What `stats` were measured on, for the card.
@@ -80,6 +83,7 @@ def publish(
             out,
             repo_id,
             sae_id,
+            sae=sae,
             matryoshka_widths=matryoshka_widths,
             stats=stats,
             measured_on=measured_on,
@@ -112,6 +116,7 @@ def write_publication(
     repo_id: str,
     sae_id: str | None = None,
     *,
+    sae: SAE[Any] | None = None,
     matryoshka_widths: Sequence[int] | None = None,
     stats: Sequence[LevelStats] | None = None,
     measured_on: str = "its data",
@@ -129,7 +134,13 @@ def write_publication(
         ValueError: `folder`, `out`, `repo_id` or `sae_id` is not accepted.
     """
     check_names(repo_id, sae_id, out)
-    sae = load_sae(folder, matryoshka_widths=matryoshka_widths)
+    if sae is None:
+        sae = load_sae(folder, matryoshka_widths=matryoshka_widths)
+    else:
+        sae = copy.copy(sae)  # with the same weights, and metadata of its own
+        sae.cfg = copy.deepcopy(sae.cfg)
+        if matryoshka_widths is not None:
+            set_widths(sae, matryoshka_widths)
     metadata = sae.cfg.metadata
     metadata.model_name = _without_folders(metadata.model_name)
     metadata.dataset_path = _without_folders(metadata.dataset_path)

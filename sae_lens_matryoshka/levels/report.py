@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from sae_lens_matryoshka.levels.stats import LevelStats
 from sae_lens_matryoshka.util.files import atomic_file
+from sae_lens_matryoshka.util.markdown import markdown_table
 
 _COLUMNS = {
     "width": ("width", "d"),
@@ -29,17 +30,14 @@ def level_table(rows: Sequence[LevelStats]) -> str:
         for name, column in _COLUMNS.items()
         if any(getattr(row, name) is not None for row in rows)
     }
-    lines = [
-        "| " + " | ".join(title for title, _ in columns.values()) + " |",
-        "|" + "---:|" * len(columns),
-    ]
-    for row in rows:
-        cells = [
+    cells = [
+        [
             "" if (value := getattr(row, name)) is None else format(value, spec)
             for name, (_, spec) in columns.items()
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown_table([title for title, _ in columns.values()], cells, n_text=0)
 
 
 def level_note(rows: Sequence[LevelStats], data: str) -> str:

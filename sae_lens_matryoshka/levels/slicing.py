@@ -1,22 +1,22 @@
-"""One trained SAE seen as nested SAEs: its levels."""
+"""One trained SAE seen as nested SAEs, one per level."""
 
 from __future__ import annotations
 
 import copy
-import numbers
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import SAEConfig
 
-from sae_lens_matryoshka.training.base import NestedTrainingSAE
 from sae_lens_matryoshka.training.latent_order import LATENT_DIM
 from sae_lens_matryoshka.training.widths import resolve_widths
+from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
-# The dimension of each tensor of a SAELens SAE that counts latents; None where none does.
+# The latent dimension of each tensor of a SAELens SAE; None where it has none.
 _LATENT_DIM = {
     **LATENT_DIM,
     "b_dec": None,
@@ -24,19 +24,19 @@ _LATENT_DIM = {
     "b_mag": 0,
     "r_mag": 0,
 }
-# What SAELens measured of the whole SAE in training, which is not so of a part of it.
-_OF_THE_WHOLE = ("l0", "num_dead_features")
+# Metadata that SAELens measured on the whole SAE in training; a level would have other values.
+_WHOLE_SAE_METRICS = ("l0", "num_dead_features")
 
 
 def widths_of(sae: SAE[Any]) -> list[int]:
     """The level widths of an SAE, smallest first; the last one is d_sae.
 
     Args:
-        sae: Any SAE of SAELens: one in training, or one saved by SAELens 6.46 or later, loaded by
-            `load_sae` or made by `truncate`.
+        sae: Any SAE of SAELens: a training SAE, one saved by SAELens 6.46 or later, or one that
+            `load_sae` or `truncate` returned.
 
     Raises:
-        ValueError: nothing is known of its widths.
+        ValueError: `sae` has no level widths.
     """
     widths = getattr(sae.cfg, "matryoshka_widths", None)
     if widths is None:
@@ -53,16 +53,20 @@ def widths_of(sae: SAE[Any]) -> list[int]:
 
 
 def set_widths(sae: SAE[Any], widths: Sequence[int], **details: Any) -> None:
-    """Write level widths, and other `details` of the training, into the metadata of an SAE.
+    """Write level widths into the metadata of an SAE.
+
+    Args:
+        sae: Any SAE of SAELens.
+        widths: Strictly increasing, from 1 to d_sae.
+        details: More entries for `metadata.training_architecture_details`, such as `k`.
 
     Raises:
-        ValueError: the widths are not strictly increasing integers from 1 to d_sae, or `sae` is in
-            training with others.
+        ValueError: `widths` are not accepted, or differ from those that a training SAE trains with.
     """
     resolved = resolve_widths(widths, sae.cfg.d_sae)
     if getattr(sae.cfg, "matryoshka_widths", resolved) != resolved:
         raise ValueError(
-            f"widths={resolved} are not accepted: {type(sae).__name__} is in training with "
+            f"widths={resolved} are not accepted: this {type(sae).__name__} trains with "
             f"cfg.matryoshka_widths={sae.cfg.matryoshka_widths}."
         )
     metadata = sae.cfg.metadata
@@ -74,39 +78,37 @@ def set_widths(sae: SAE[Any], widths: Sequence[int], **details: Any) -> None:
 
 
 def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
-    """The SAE made of the first `width` latents of `sae`.
+    """The first `width` latents of `sae` as an SAE.
 
-    Its class is that of `sae`, or of what `sae` is saved as if it is in training. It shares the
-    storage of its weights with an inference SAE, and copies those of a training SAE. SAELens'
-    `fold_…` functions write in place, so to all that share: use them before, or on a
+    Its class is that of `sae`, or the one that a training SAE is saved as. It shares the storage of
+    its weights with an inference SAE and copies those of a training SAE. SAELens' `fold_…` methods
+    write in place, so to every SAE that shares the storage: fold before truncating, or fold a
     `copy.deepcopy`.
-    Its codes are the first `width` of those of `sae`, except of a TopK SAE: that one keeps the k
-    largest of the `width` that are left, or all if `width` is less than k.
 
-    Its metadata is that of `sae`, with the widths up to `width`, and says where it came from in
-    `matryoshka_level`: `width`, and `d_sae` and `matryoshka_widths` of the SAE that was cut.
+    It encodes to the first `width` codes of `sae`. Only a TopK SAE chooses again: the k largest of
+    its `width` pre-activations, or all of them where `width` is less than k.
+
+    Its metadata are those of `sae`, with the level widths up to `width`. `matryoshka_level` records
+    its origin: `width`, and `d_sae` and `matryoshka_widths` of the SAE that was truncated.
 
     Args:
         sae: A standard, JumpReLU, TopK or gated SAE of SAELens, or a training SAE saved as one.
-        width: From 1 to d_sae; any, not only a level's.
+        width: From 1 to d_sae, whether or not a level ends there.
 
     Raises:
-        ValueError: `width` is outside that range.
-        TypeError: `sae` has weights that can't be cut by latents.
+        ValueError: `width` is not accepted.
+        TypeError: `sae` has weights that can't be truncated.
     """
     d_sae = sae.cfg.d_sae
-    if (
-        isinstance(width, bool)
-        or not isinstance(width, numbers.Integral)
-        or not 1 <= width <= d_sae
-    ):
-        raise ValueError(f"width={width!r} is not accepted: give 1 to d_sae={d_sae}.")
+    width = checked_count("width", width)
+    if width > d_sae:
+        raise invalid_option("width", width, f"1 to d_sae={d_sae}")
     cfg: Any
     if isinstance(sae, TrainingSAE):
         cfg = SAEConfig.from_dict(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()))
         # SAELens rebuilds the details from the config, without what `set_widths` wrote.
-        known, saved = (c.metadata.training_architecture_details or {} for c in (sae.cfg, cfg))
-        cfg.metadata.training_architecture_details = {**known, **saved}
+        written, rebuilt = (c.metadata.training_architecture_details or {} for c in (sae.cfg, cfg))
+        cfg.metadata.training_architecture_details = {**written, **rebuilt}
         state_dict = sae.state_dict()
         sae.process_state_dict_for_saving_inference(state_dict)
         state_dict = {name: t.to(sae.dtype, copy=True) for name, t in state_dict.items()}
@@ -116,13 +118,13 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     unknown = state_dict.keys() - _LATENT_DIM.keys()
     if unknown or "W_enc" not in state_dict:
         raise TypeError(
-            f"{type(sae).__name__} can't be cut by latents: it has the weights "
+            f"{type(sae).__name__} can't be truncated: it has the weights "
             f"{', '.join(sorted(state_dict))}."
         )
-    cfg.d_sae = int(width)
+    cfg.d_sae = width
     if hasattr(cfg, "k"):
-        cfg.k = min(cfg.k, cfg.d_sae)
-    _describe(cfg, d_sae)
+        cfg.k = min(cfg.k, width)
+    _update_metadata(cfg, d_sae)
 
     cfg.device = "meta"  # no storage until the slices are assigned
     sae_class: Any = SAE.get_sae_class_for_architecture(cfg.architecture())
@@ -130,7 +132,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     cfg.device, truncated.device = sae.cfg.device, sae.device
     truncated.load_state_dict(
         {
-            name: tensor if (dim := _LATENT_DIM[name]) is None else tensor.narrow(dim, 0, cfg.d_sae)
+            name: tensor if (dim := _LATENT_DIM[name]) is None else tensor.narrow(dim, 0, width)
             for name, tensor in state_dict.items()
         },
         assign=True,
@@ -140,73 +142,74 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
 
 
 def levels(sae: SAE[Any]) -> list[SAE[Any]]:
-    """Every level of `sae` as an SAE of its own, smallest first; see `truncate`.
+    """Every level of `sae` as an SAE, smallest first; see `truncate`.
 
     Raises:
-        ValueError: the widths of `sae` are not known.
+        ValueError: `sae` has no level widths.
     """
     widths = widths_of(sae)
     if isinstance(sae, TrainingSAE):
-        sae = truncate(sae, sae.cfg.d_sae)  # folded once, for the levels to share
+        sae = truncate(sae, sae.cfg.d_sae)  # one copy of the weights for all levels
     return [truncate(sae, width) for width in widths]
 
 
-def decode_levels(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
+def decode_levels(
+    sae: SAE[Any], feature_acts: Float[torch.Tensor, "... d_sae"]
+) -> Float[torch.Tensor, "levels ... d_in"]:
     """Every level's reconstruction, at the cost of decoding once.
 
-    Equals `truncate(sae, w).decode(feature_acts[..., :w])` for each width w; for an SAE in training
+    Equals `truncate(sae, w).decode(feature_acts[..., :w])` for each width w; for a training SAE
     with `latent_order="frequency"`, the w latents are the first of `sae.level_order()`. As with
-    `decode`, an SAE that reshapes or normalises its input takes what its last `encode` saw. Hooks
-    don't fire.
+    `decode`, reshaping and normalisation are undone as the last `encode` applied them. Hooks don't
+    fire.
 
     Args:
-        sae: An SAE whose widths are known, in training or not.
-        feature_acts: (…, d_sae), dense or sparse, as `sae.encode` returns them.
+        sae: An inference or training SAE with level widths.
+        feature_acts: What `sae.encode` returned, dense or sparse.
 
     Returns:
-        (P, …, d_in), and (P, …, n_heads, d_head) for hook_z; smallest level first.
+        Smallest level first; (levels, …, n_heads, d_head) for hook_z.
 
     Raises:
-        ValueError: the widths of `sae` are not known, or `feature_acts` has another last dimension.
+        ValueError: `sae` has no level widths, or `feature_acts` has another last dimension.
     """
     widths = widths_of(sae)
     if feature_acts.shape[-1] != sae.cfg.d_sae:
         raise ValueError(
             f"feature_acts of shape {tuple(feature_acts.shape)} are not accepted: the last "
-            f"dimension is to be d_sae={sae.cfg.d_sae}."
+            f"dimension must be d_sae={sae.cfg.d_sae}."
         )
-    acts = feature_acts.to_dense()
+    acts, W_dec = feature_acts.to_dense(), sae.W_dec
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        acts = acts / sae.W_dec.norm(dim=-1)
-    W_dec = sae.W_dec
-    if isinstance(sae, NestedTrainingSAE):
-        if sae.cfg.decoder_norm == "unit":
-            W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
-        order = sae.level_order()
-        if order is not None:
-            acts, W_dec = acts[..., order], W_dec[order]
+        acts = acts / W_dec.norm(dim=-1)
+    # The rest are options of this package's training SAEs.
+    if getattr(sae.cfg, "decoder_norm", None) == "unit":
+        W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
+    order = sae.level_order() if hasattr(sae, "level_order") else None
+    if order is not None:
+        acts, W_dec = acts[..., order], W_dec[order]
     increments = [acts[..., start:end] @ W_dec[start:end] for start, end in pairwise([0, *widths])]
     reconstructions = torch.stack(increments).cumsum(0) + sae.b_dec
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(reconstructions), sae.d_head)
 
 
-def _describe(cfg: SAEConfig, d_sae: int) -> None:
-    """Bring the metadata of a truncated SAE in line with what it is."""
+def _update_metadata(cfg: SAEConfig, d_sae: int) -> None:
+    """Make the metadata fit the SAE of `cfg`, truncated from one of `d_sae` latents."""
     metadata = cfg.metadata
     details = metadata.training_architecture_details or {}
     widths = details.get("matryoshka_widths")
-    # An SAE cut twice comes from the one that was cut first.
-    cut_from = metadata.matryoshka_level or {"d_sae": d_sae, "matryoshka_widths": widths}
-    metadata.matryoshka_level = {**cut_from, "width": cfg.d_sae}
+    # An SAE truncated twice keeps the origin that the first truncation recorded.
+    origin = metadata.matryoshka_level or {"d_sae": d_sae, "matryoshka_widths": widths}
+    metadata.matryoshka_level = {**origin, "width": cfg.d_sae}
     if widths:
         details["matryoshka_widths"] = [*(w for w in widths if w < cfg.d_sae), cfg.d_sae]
     if cfg.d_sae < d_sae:
-        for name in _OF_THE_WHOLE:
+        for name in _WHOLE_SAE_METRICS:
             metadata.__dict__.pop(name, None)
 
 
 def _make_contiguous(
     module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    """A state dict hook: safetensors saves no slice of columns, which W_enc of a level is."""
+    """A state dict hook: W_enc of a level is a slice of columns, which safetensors can't save."""
     state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

@@ -1,4 +1,4 @@
-"""The demo: the whole of it on few tokens, in its own process, as the command runs it."""
+"""The demo. DEMO_RUN names the folder of a finished one; without it a short one runs here."""
 
 from __future__ import annotations
 
@@ -20,33 +20,42 @@ from sae_lens_matryoshka.runs.config import load_run_config
 REPOSITORY = Path(__file__).parents[2]
 
 SHORT = """
-import sys
 from sae_lens_matryoshka.demo import compare
-whole = compare.run_config
-def short(sae, seed=0):
-    cfg = whole(sae, seed)
+run_config = compare.run_config
+def short_run_config(sae, seed=0):
+    cfg = run_config(sae, seed)
     cfg.training_tokens, cfg.lr_decay_steps = 1024 * 120, 20
     return cfg
-compare.run_config = short
+compare.run_config, compare.N_EVAL_BATCHES = short_run_config, 4
+compare.is_installed = lambda: False
 compare.main(0)
 """
 
 
-def test_demo_trains_evaluates_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "N_TEXTS", 4000)
-    monkeypatch.setattr(run, "N_HELD_OUT", 600)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    real_run = subprocess.run
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished demo."""
+    if "DEMO_RUN" in os.environ:
+        return Path(os.environ["DEMO_RUN"])
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run_command = subprocess.run
 
-    def few_tokens(command: list[str], **options):
+    def run_short(command: list[str], **options):
         assert command == [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", "0"]
-        return real_run([sys.executable, "-c", SHORT], **options)
+        return run_command([sys.executable, "-c", SHORT], **options)
 
-    monkeypatch.setattr(subprocess, "run", few_tokens)
-    out = tmp_path / "demo"
-    assert run.run_demo(out) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "N_TEXTS", 2000)
+        patch.setattr(run, "N_HELD_OUT", 200)
+        patch.setattr(run, "N_LABELLED", 10)
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setattr(subprocess, "run", run_short)
+        assert run.run_demo(out) == 0
+    return out
 
-    rows = [Row(**row) for row in json.loads((out / "results.json").read_text())["rows"]]
+
+def test_every_level_is_measured_and_drawn(demo: Path) -> None:
+    rows = [Row(**row) for row in json.loads((demo / "results.json").read_text())["rows"]]
     assert [(row.sae, row.width) for row in rows] == [
         ("batchtopk", 1024),
         *(("matryoshka", width) for width in (32, 96, 224, 480, 1024)),
@@ -56,18 +65,30 @@ def test_demo_trains_evaluates_and_draws(tmp_path: Path, monkeypatch: pytest.Mon
     assert levels[-1].l0_training == pytest.approx(8, rel=0.01)
     assert all(0 < row.explained_variance < 1 for row in rows)
     assert levels[-1].explained_variance > levels[0].explained_variance
-    assert (out / "results.md").read_text() == table(rows) + "\n"
-    picture = image.imread(out / "levels.png")
-    assert picture.std() > 0.1, "something is drawn"
-    assert "first level" in (out / "nesting.md").read_text(), "families, or that there are none"
-
-    sae = SAE.load_from_disk(out / "matryoshka")
-    details = sae.cfg.metadata.training_architecture_details
-    assert details["matryoshka_widths"] == [32, 96, 224, 480, 1024]
-    assert "sae-matryoshka demo" in (out / "demo.txt").read_text()
+    assert (demo / "results.md").read_text() == table(rows) + "\n"
+    assert image.imread(demo / "levels.png").std() > 0.1, "something is drawn"
+    assert "sae-matryoshka demo" in (demo / "demo.txt").read_text()
+    metadata = SAE.load_from_disk(demo / "matryoshka").cfg.metadata
+    widths = metadata.training_architecture_details["matryoshka_widths"]
+    assert widths == [32, 96, 224, 480, 1024]
 
 
-def test_demo_spares_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_the_command_that_it_ends_with_works_in_its_folder(demo: Path) -> None:
+    program = f"{sys.executable} -m sae_lens_matryoshka"
+    done = subprocess.run(
+        compare.LEVELS_COMMAND.replace("sae-matryoshka", program) + " --n-batches 1",
+        shell=True,
+        cwd=demo,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    widths = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:7]]
+    assert widths == ["32", "96", "224", "480", "1024"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=re.escape(f"out={str(tmp_path)!r} holds something other")):
         run.run_demo(tmp_path)

@@ -1,4 +1,4 @@
-"""The demo corpus, and what the shipped demo model knows about it."""
+"""The demo corpus, and what the demo model has learned of it."""
 
 from __future__ import annotations
 
@@ -146,22 +146,24 @@ def test_labels_match_the_text():
     hits = 0
     for doc in documents:
         words = doc.text.lower().replace(".", "").split()
-        count = {c: sum(word in corpus.topic_words(*c) for word in words) for c in classes}
+        count = {c: sum(word in words_of(c[1]) for word in words) for c in classes}
         hits += max(count.values()) == count[doc.domain, doc.topic]
     assert hits / len(documents) > 0.95
 
 
-def test_no_single_token_decides_a_topic():
+def test_no_single_token_determines_a_topic():
     documents = [(set(d.text.lower().split()), d.topic) for d in corpus.documents(4000, UNSEEN)]
     for topic in {topic for _, topic in documents}:
         own = [words for words, label in documents if label == topic]
-        document_frequency = Counter(w for words in own for w in words & specific(topic))
+        document_frequency = Counter(w for words in own for w in words & words_of(topic))
         assert document_frequency.most_common(1)[0][1] / len(own) < 0.3
 
 
-def specific(topic: str) -> set[str]:
+def words_of(topic: str) -> set[str]:
+    """Words that are specific to a topic; a few of them (`bass`, `bank`) belong to two topics."""
     domain = next(name for name, names in corpus.topics().items() if topic in names)
-    return corpus.topic_words(domain, topic)
+    by_kind = corpus._words()["domains"][domain]["topics"][topic]
+    return {word for words in by_kind.values() for word in words}
 
 
 def test_transformer_lens_loads_the_same_model(model, tokenizer, tmp_path, monkeypatch):
@@ -202,14 +204,14 @@ def test_every_letter_has_a_probe_on_held_out_words(model, tokenizer):
         ids = torch.tensor(tokenizer(first_letter_prompts(part, rng))["input_ids"])
         x[split] = residuals(model, ids)[:, WORD_POSITION]
         y[split] = torch.tensor([letter_of(word) for word in part])
-    said = fit_probe(x["train"], y["train"])(x["test"]) > 0
+    predicted = fit_probe(x["train"], y["train"])(x["test"]) > 0
     true = F.one_hot(y["test"], 26).bool()
-    f1 = 2 * (said & true).sum(0) / (said.sum(0) + true.sum(0))
+    f1 = 2 * (predicted & true).sum(0) / (predicted.sum(0) + true.sum(0))
     assert f1.min() > 0.6, dict(zip(ascii_lowercase, f1.tolist(), strict=True))
     assert f1.mean() > 0.9
 
 
-def test_pooled_residuals_tell_domain_and_topic(model, tokenizer):
+def test_domain_and_topic_can_be_probed_from_mean_residuals(model, tokenizer):
     torch.manual_seed(0)
     documents = corpus.documents(2000, UNSEEN)
     ids = tokenizer([doc.text for doc in documents])["input_ids"]
