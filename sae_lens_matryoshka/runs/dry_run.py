@@ -15,7 +15,7 @@ from sae_lens.constants import DTYPE_MAP
 
 from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.util.files import check_writable
-from sae_lens_matryoshka.util.hook_names import check_place, short_model_name
+from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
 
 _TOLD = ("d_in", "d_sae", "device", "metadata")
 _BYTES = 16  # of a float32 parameter with its gradient and Adam's two moments
@@ -40,7 +40,7 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     if cfg.model_class_name == "HookedTransformer":
         model_name = short_model_name(cfg.model_name)
         try:
-            check_place(cfg.hook_name, cfg.sae.d_in, model_name, "sae")
+            check_hook_name(cfg.hook_name, cfg.sae.d_in, model_name, "sae")
             lines.append(f"{cfg.hook_name} of {model_name}: {cfg.sae.d_in} wide, as sae.d_in")
         except OSError:
             lines.append(f"{model_name}: its configuration is not on this machine, not checked")

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name only when they are whole, or can at all."""
+"""Files and folders that appear under their names only once they are complete."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `path` when the block ends without an error.
+    """A folder to write to, which replaces `path` if the block ends without an error.
 
-    What was at `path` before stays there until then, and for good where the block fails.
+    Until then, and if the block fails, `path` stays as it was.
     """
-    path = path.resolve()  # behind a link, what it leads to is replaced, and the link stays
+    path = path.resolve()  # of a link the target is replaced, and the link stays
     unfinished = path.with_name(f".{path.name}.unfinished")
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -33,9 +33,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """As `atomic_folder`, of a file: a path to write to, with the suffix of `path`."""
+    """As `atomic_folder`, for a file: a path to write to, with the suffix of `path`."""
     path = path.resolve()
-    if path.exists() and not path.is_file():  # a device or a pipe, which nothing may replace
+    if path.exists() and not path.is_file():  # a device or a pipe, which can't be replaced
         yield path
         return
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
@@ -47,13 +47,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def check_writable(name: str, path: Path) -> None:
-    """Check that a folder can be made at `path`, or written to.
+    """Check that `path` is a writable folder, or can be made.
 
     Raises:
-        ValueError: it can't; the sentence calls it `name`.
+        ValueError: it isn't; the error calls it `name`.
     """
     existing = path.resolve()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}={str(path)!r} can't be written to: {existing} does not let.")
+        raise ValueError(
+            f"{name}={str(path)!r} can't be written to: {existing} is not a writable folder."
+        )

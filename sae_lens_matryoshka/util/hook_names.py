@@ -1,8 +1,7 @@
-"""Places in a language model, checked by their names before the model loads."""
+"""Models and hook names, checked before a model loads."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
@@ -12,9 +11,11 @@ from transformer_lens.loading_from_pretrained import (
 )
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
+from sae_lens_matryoshka.util.suggest import did_you_mean
+
 
 def short_model_name(name: str) -> str:
-    """The name of a model as SAEBench's tables have it: without its owner, where that is a name.
+    """The name of a model in SAEBench's tables: without its owner, where that is unambiguous.
 
     Raises:
         ValueError: TransformerLens, which loads the model, does not know it.
@@ -23,52 +24,52 @@ def short_model_name(name: str) -> str:
         official = get_official_model_name(name)
     except ValueError:
         names = [model.rpartition("/")[2] for model in OFFICIAL_MODEL_NAMES]
-        near = difflib.get_close_matches(name.rpartition("/")[2], names, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        hint = did_you_mean(name.rpartition("/")[2], names, cutoff=0.5)
         raise ValueError(f"TransformerLens does not know the model {name!r}{hint}") from None
     short = official.rpartition("/")[2]
     try:
         return short if get_official_model_name(short) == official else official
-    except ValueError:  # not every model has a name without its owner
+    except ValueError:  # some models have no name without the owner
         return official
 
 
 def local_folder(model_name: str) -> Path | None:
-    """The folder that transformers takes a model from instead of the Hub, if there is one here."""
+    """The folder in the working directory that transformers loads the model from, if there is one."""
     folder = Path(get_official_model_name(model_name))
     return folder if folder.is_dir() else None
 
 
-def check_place(hook_name: str | None, d_in: int, model_name: str, label: str) -> None:
-    """Check where an SAE belongs against the shape of its model.
+def check_hook_name(hook_name: str | None, d_in: int, model_name: str, label: str) -> None:
+    """Check an SAE's hook name and width against the configuration of its model.
 
     Args:
-        hook_name: TransformerLens' name of the place.
+        hook_name: TransformerLens' name of the hook.
         d_in: Dimension of the activations that the SAE reads there.
-        model_name: As TransformerLens knows it; of the model only its configuration is read.
-        label: What to call the SAE in an error.
+        model_name: As TransformerLens knows it; only the model's configuration is loaded.
+        label: What errors call the SAE.
 
     Raises:
-        ValueError: there is no such place in the model, or it has another width.
-        OSError: the configuration can't be had.
+        ValueError: the model has no such layer, or the hook has another width.
+        OSError: the configuration can be neither read nor downloaded.
     """
-    place = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(hook_name))
-    if place is None:
+    parts = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(hook_name))
+    if parts is None:
         raise ValueError(
-            f"{label} is of hook_name={hook_name!r}, and not of a place in one of TransformerLens' "
-            "layers, blocks.N.…, such as blocks.1.hook_resid_post."
+            f"{label} has hook_name={hook_name!r}: give a hook in one of TransformerLens' layers, "
+            "blocks.N.…, such as blocks.1.hook_resid_post."
         )
     model = get_pretrained_model_config(model_name)
-    if int(place[1]) >= model.n_layers:
+    if int(parts[1]) >= model.n_layers:
         raise ValueError(
-            f"{label} is of {hook_name}, and {model_name} has the layers 0 to {model.n_layers - 1}."
+            f"{label} has hook_name={hook_name!r}, and {model_name} has the layers 0 to "
+            f"{model.n_layers - 1}."
         )
     width = {
         "attn.hook_z": model.n_heads * model.d_head,
         "mlp.hook_pre": model.d_mlp,
         "mlp.hook_post": model.d_mlp,
-    }.get(place[2], model.d_model)
+    }.get(parts[2], model.d_model)
     if d_in != width:
         raise ValueError(
-            f"{label} has d_in={d_in}, and {hook_name} of {model_name} is {width} wide."
+            f"{label} has d_in={d_in}, and {hook_name} of {model_name} has width {width}."
         )

@@ -90,7 +90,7 @@ def test_mistakes(tmp_path: Path, words: list[str], said: str) -> None:
     ("changes", "said"),
     [
         ({"hook_name": "blocks.7.hook_resid_post"}, "has the layers 0 to 2"),
-        ({"hook_name": "model.layers.1"}, "hook_name='model.layers.1', and not of a place in one"),
+        ({"hook_name": "model.layers.1"}, "hook_name='model.layers.1': give a hook in one"),
         ({"hook_name": "blocks.1.mlp.hook_post"}, "has d_in=128, and blocks.1.mlp.hook_post of "),
         ({"model_name": "pythia-70m-deduplicated"}, "did you mean pythia-70m-deduped"),
         ({"model_name": None}, "does not say its model: give --model."),
