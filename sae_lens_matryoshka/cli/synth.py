@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae_lens_matryoshka.cli.options import (
     add_device,
@@ -17,9 +17,6 @@ from sae_lens_matryoshka.cli.options import (
     positive_number,
 )
 
-if TYPE_CHECKING:
-    from sae_lens_matryoshka.synthetic.models import Benchmark
-
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
@@ -27,15 +24,13 @@ def add_parser(commands: Any) -> None:
         "synth",
         help="compare SAEs where the true features are known",
         description="Train SAEs on synthetic activations and score them against the true features. "
-        "toy is the tree of the Matryoshka paper, synthsaebench is SynthSAEBench. SAEs that the "
-        "folder holds already are not trained again.",
+        "toy is the tree of the Matryoshka paper, synthsaebench is SynthSAEBench, of 2,000 "
+        "(small) or 16,384 features (full). SAEs already in the folder are not trained again.",
     )
     parser.add_argument("benchmark", choices=["toy", "synthsaebench"])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument(
-        "--scale",
-        choices=["small", "full"],
-        help="of synthsaebench: 2,000 features (small, the default) or 16,384",
+        "--scale", choices=["small", "full"], help="synthsaebench's (default: small)"
     )
     parser.add_argument(
         "--seeds",
@@ -60,20 +55,13 @@ def add_parser(commands: Any) -> None:
         "the number of levels; lists are written 5/20; may be repeated, and all are combined",
     )
     parser.add_argument(
-        "--one-at-a-time",
-        action="store_true",
-        help="vary each field alone, against the defaults, instead of combining them",
+        "--one-at-a-time", action="store_true", help="vary each field alone, against the defaults"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="activations to train on")
     parser.add_argument("--lr", type=positive_number, help="learning rate")
+    parser.add_argument("--k", type=positive_number, help="mean L0 of the BatchTopK SAEs")
     parser.add_argument(
-        "--k", type=positive_number, help="mean active latents of the BatchTopK SAEs"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=positive_integer,
-        metavar="N",
-        help="processes (default: one per core, one on a GPU)",
+        "--jobs", type=positive_integer, metavar="N", help="processes (default: cores; 1 on a GPU)"
     )
     add_device(parser)
     parser.set_defaults(run=run)
@@ -81,22 +69,30 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from sae_lens_matryoshka.synthetic.processes import train_all
-    from sae_lens_matryoshka.synthetic.randomness import check_seed
+    from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, TOY
+    from sae_lens_matryoshka.synthetic.randomness import MAX_SEED
     from sae_lens_matryoshka.synthetic.report import write_report
     from sae_lens_matryoshka.synthetic.results import read_results, untrained_variants
+    from sae_lens_matryoshka.synthetic.training import train_all
     from sae_lens_matryoshka.synthetic.variants import plan_variants
+    from sae_lens_matryoshka.util.checks import checked_number
     from sae_lens_matryoshka.util.devices import check_device
     from sae_lens_matryoshka.util.files import check_writable
 
-    out: Path = args.out
-    benchmark = _benchmark(args)
-    variants = plan_variants(
-        benchmark, args.variants or benchmark.variants, args.vary, args.one_at_a_time
-    )
+    is_toy = args.benchmark == "toy"
+    if is_toy and args.scale is not None:
+        raise ValueError(f"--scale {args.scale} is not accepted: toy has one size.")
+    benchmark = TOY if is_toy else SYNTHSAEBENCH[args.scale or "small"]
+    given = {"n_samples": args.samples, "lr": args.lr, "k": args.k}
+    benchmark = replace(benchmark, **{k: value for k, value in given.items() if value is not None})
+    batch = benchmark.batch_size
+    checked_number("samples", benchmark.n_samples, f"at least a batch, {batch}", least=batch)
     for seed in args.seeds:
-        check_seed(seed)
+        checked_number("seed", seed, f"0 to {MAX_SEED}", most=MAX_SEED)
+    variant_names = args.variants or benchmark.variants
+    variants = plan_variants(benchmark, variant_names, args.vary, args.one_at_a_time)
     check_device("device", args.device)
+    out: Path = args.out
     check_writable("out", out)
     untrained = untrained_variants(benchmark, variants, args.seeds, out, args.device)
     n_jobs = args.jobs or (os.cpu_count() or 1 if args.device == "cpu" else 1)
@@ -104,28 +100,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         train_all(benchmark, untrained, out, n_jobs=n_jobs, device=args.device)
     except (KeyboardInterrupt, SystemExit):
-        print(
-            f"\nStopped. {out} has what is finished; the same command resumes.", file=sys.stderr
-        )
+        stopped = f"\nStopped. {out} has the finished SAEs; the same command resumes."
+        print(stopped, file=sys.stderr)
         raise
-    report = write_report(read_results(out), out, [variant.name for variant in variants], benchmark)
-    print(f"\n{report.table}\n\n{out} has {', '.join(report.files)}, and the SAEs in runs/.")
+    order = [variant.name for variant in variants]
+    files = write_report(read_results(out), out, order, benchmark)
+    table = (out / files[0]).read_text()
+    print(f"\n{table}\n{out} has {', '.join(files)}, and the SAEs in runs/.")
     return 0
-
-
-def _benchmark(args: argparse.Namespace) -> Benchmark:
-    from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, TOY
-
-    if args.benchmark == "toy" and args.scale is not None:
-        raise ValueError(f"--scale {args.scale} is not accepted: toy has one size.")
-    benchmark = TOY if args.benchmark == "toy" else SYNTHSAEBENCH[args.scale or "small"]
-    if args.samples is not None and args.samples < benchmark.batch_size:
-        raise ValueError(
-            f"samples={args.samples} is not accepted: give at least a batch, "
-            f"{benchmark.batch_size}."
-        )
-    options = {"n_samples": args.samples, "lr": args.lr, "k": args.k}
-    return replace(benchmark, **{name: v for name, v in options.items() if v is not None})
 
 
 def seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The benchmarks: synthetic activations whose features and feature hierarchy are known."""
+"""The benchmarks: synthetic activations with known features and a known feature hierarchy."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from sae_lens.synthetic import (
     orthogonal_initializer,
 )
 
-# The toy tree: parents, children of each, and features outside the tree, with their probabilities.
-_N_PARENTS, _N_CHILDREN, _N_INDEPENDENT = 3, 3, 8
+# The toy's features: each parent is followed by its children; the others are independent.
+TOY_PARENTS, TOY_CHILDREN = [0, 4, 8], 3
+_N_FEATURES = 20
 _P_PARENT, _P_CHILD, _P_INDEPENDENT = 0.15, 0.2, 0.05
-_N_TREE = _N_PARENTS * (1 + _N_CHILDREN)
-_PARENTS = list(range(0, _N_TREE, 1 + _N_CHILDREN))
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,18 @@ class Benchmark:
     """A model of activations, and the default settings for training SAEs on it."""
 
     name: str
-    build: Callable[[int, str], SyntheticModel]  # makes the model from a seed and a device
+    build: Callable[[int, str], SyntheticModel]  # from a seed and a device
     d_in: int
     d_sae: int
     matryoshka_widths: tuple[int, ...]
     k: float  # mean number of active latents of the BatchTopK SAEs
-    l1_coefficient: float
-    n_samples: int  # activations to train on
-    batch_size: int
     lr: float  # Adam's, constant
-    n_scoring_samples: int  # held-out activations to score on
-    variants: tuple[str, ...]  # the SAEs to compare; see `variants.base_config`
+    n_samples: int = 2_000_000  # activations to train on
+    batch_size: int = 1024
+    l1_coefficient: float = 1.0
+    n_scoring_samples: int = 100_000  # held-out activations to score on
+    # the SAEs to compare, as `variants.base_config` names them
+    variants: tuple[str, ...] = ("batchtopk", "matryoshka_batchtopk", "matryoshka")
 
 
 def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
@@ -55,34 +55,28 @@ def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
     20 features in 20 dimensions: 3 parents (p 0.15), each with 3 mutually exclusive children (p 0.2
     each where the parent is active), and 8 independent features (p 0.05). On average 1.12 are
     active; the paper's text says 1.2338, which its tree does not give. Magnitudes are 1, directions
-    are random and orthogonal.
-
-    Args:
-        seed: Of the directions.
-        device: Where samples are drawn.
+    are random, of this seed, and orthogonal.
     """
     generator = torch.Generator().manual_seed(seed)
-    n_features = _N_TREE + _N_INDEPENDENT
-    directions, _ = torch.linalg.qr(torch.randn(n_features, n_features, generator=generator))
-    features = FeatureDictionary(n_features, n_features, device=device)
+    directions, _ = torch.linalg.qr(torch.randn(_N_FEATURES, _N_FEATURES, generator=generator))
+    features = FeatureDictionary(_N_FEATURES, _N_FEATURES, initializer=None, device=device)
     features.feature_vectors.data = directions.to(device)
 
-    p = torch.full((n_features,), _P_INDEPENDENT)
-    p[:_N_TREE] = 0  # children are drawn by `_with_children`
-    p[_PARENTS] = _P_PARENT
+    p = torch.full((_N_FEATURES,), _P_INDEPENDENT)  # `_with_children` draws the children anew
+    p[TOY_PARENTS] = _P_PARENT
     roots = [
         HierarchyNode(
             feature_index=parent,
-            children=[HierarchyNode(parent + i) for i in range(1, _N_CHILDREN + 1)],
+            children=[HierarchyNode(parent + i) for i in range(1, TOY_CHILDREN + 1)],
             mutually_exclusive_children=True,
         )
-        for parent in _PARENTS
+        for parent in TOY_PARENTS
     ]
     return SyntheticModel(
-        SyntheticModelConfig(n_features, n_features, bias=False, seed=seed),
+        SyntheticModelConfig(_N_FEATURES, _N_FEATURES, bias=False, seed=seed),
         feature_dict=features,
         activation_generator=ActivationGenerator(
-            n_features, p, modify_activations=_with_children, device=device
+            _N_FEATURES, p, modify_activations=_with_children, device=device
         ),
         hierarchy=Hierarchy(roots, _with_children),
         device=device,
@@ -94,25 +88,19 @@ def _with_children(
 ) -> Float[torch.Tensor, "batch n_features"]:
     """Activate at most one child of each active parent, in place.
 
-    SAELens draws children independently and then drops the surplus, which makes each child rarer
+    SAELens draws children independently and then drops all but one, which makes each child rarer
     than its probability.
     """
-    n = len(feature_acts)
-    which = torch.rand(n, _N_PARENTS, device=feature_acts.device) // _P_CHILD  # ≥ 3: no child
-    parents = torch.tensor(_PARENTS, device=feature_acts.device)
-    for i in range(_N_CHILDREN):
+    shape = (len(feature_acts), len(TOY_PARENTS))
+    which = torch.rand(shape, device=feature_acts.device) // _P_CHILD  # ≥ 3: no child
+    parents = torch.tensor(TOY_PARENTS, device=feature_acts.device)
+    for i in range(TOY_CHILDREN):
         feature_acts[:, parents + 1 + i] = feature_acts[:, parents] * (which == i)
     return feature_acts
 
 
 def synthsaebench_config(*, n_features: int, d_in: int, n_roots: int) -> SyntheticModelConfig:
-    """SynthSAEBench with the settings of its second version, at any size.
-
-    Args:
-        n_features: True features.
-        d_in: Dimension of the activations.
-        n_roots: Root features, each of one tree.
-    """
+    """SynthSAEBench at any size, with the settings of its second version."""
     return SyntheticModelConfig(
         num_features=n_features,
         hidden_dim=d_in,
@@ -138,16 +126,13 @@ def synthsaebench_config(*, n_features: int, d_in: int, n_roots: int) -> Synthet
 
 
 def synthsaebench_model(seed: int, device: str = "cpu", **size: int) -> SyntheticModel:
-    """The model of `synthsaebench_config`.
+    """The model of `synthsaebench_config(**size)`; CPU and CUDA draw different features.
 
-    Args:
-        seed: Not used: the benchmark is this one model, with the seed in its config.
-        device: Where it is made. CPU and CUDA draw different features from the same seed.
-        size: The arguments of `synthsaebench_config`.
+    It does not depend on `seed`: the benchmark is one model, with a fixed seed in its config.
     """
     cfg = synthsaebench_config(**size)
     assert cfg.orthogonalization is not None
-    # SAELens would make the same dictionary, and show a progress bar.
+    # the same dictionary as SAELens', without a progress bar
     features = FeatureDictionary(
         cfg.num_features,
         cfg.hidden_dim,
@@ -162,15 +147,13 @@ def synthsaebench_model(seed: int, device: str = "cpu", **size: int) -> Syntheti
 def parents_of(model: SyntheticModel) -> Int[torch.Tensor, " n_features"]:
     """The parent of each true feature, −1 where it has none."""
     parents = torch.full((model.cfg.num_features,), -1)
-
-    def visit(node: HierarchyNode) -> None:
+    nodes = list(model.hierarchy.roots) if model.hierarchy else []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
         for child in node.children:
             if child.feature_index is not None and node.feature_index is not None:
                 parents[child.feature_index] = node.feature_index
-            visit(child)
-
-    for root in model.hierarchy.roots if model.hierarchy else []:
-        visit(root)
     return parents
 
 
@@ -181,14 +164,10 @@ TOY = Benchmark(
     d_sae=20,
     matryoshka_widths=(2, 4, 6, 8, 10, 12, 14, 16, 18, 20),
     k=1.12,
-    l1_coefficient=0.1,
-    n_samples=2_000_000,
-    batch_size=1024,
     lr=3e-3,
-    n_scoring_samples=100_000,
+    l1_coefficient=0.1,
     variants=("l1", "batchtopk", "matryoshka"),
 )
-_SYNTHSAEBENCH_VARIANTS = ("batchtopk", "matryoshka_batchtopk", "matryoshka")
 SYNTHSAEBENCH = {
     "small": Benchmark(
         name="synthsaebench-small",
@@ -197,12 +176,8 @@ SYNTHSAEBENCH = {
         d_sae=512,
         matryoshka_widths=(16, 64, 256, 512),
         k=8,
-        l1_coefficient=1.0,
-        n_samples=2_000_000,
-        batch_size=256,  # at 1,024, too few steps to find most features
         lr=1e-3,
-        n_scoring_samples=100_000,
-        variants=_SYNTHSAEBENCH_VARIANTS,
+        batch_size=256,  # at 1,024, too few steps to find most features
     ),
     "full": Benchmark(
         name="synthsaebench-full",
@@ -211,11 +186,8 @@ SYNTHSAEBENCH = {
         d_sae=4096,
         matryoshka_widths=(128, 512, 2048, 4096),
         k=25,
-        l1_coefficient=1.0,
-        n_samples=200_000_000,
-        batch_size=1024,
         lr=3e-4,
+        n_samples=200_000_000,
         n_scoring_samples=500_000,
-        variants=_SYNTHSAEBENCH_VARIANTS,
     ),
 }

@@ -8,9 +8,7 @@ from enum import IntEnum
 
 import torch
 
-from sae_lens_matryoshka.util.checks import invalid_option
-
-_N_SEEDS = 10**9  # so that no two purposes share a seed of torch
+MAX_SEED = 10**9 - 1  # of a run, so that no two purposes share a seed of torch
 
 
 class Purpose(IntEnum):
@@ -25,39 +23,34 @@ class RandomStream:
     """A random stream of its own for code that draws from torch's default generators.
 
     Args:
-        seed: The run's, from 0 to 999,999,999.
+        seed: The run's, from 0 to `MAX_SEED`.
         purpose: What the numbers are for.
         device: Where numbers are drawn, besides the CPU.
     """
 
     def __init__(self, seed: int, purpose: Purpose, device: str = "cpu"):
-        self._seed = purpose * _N_SEEDS + seed
-        is_cuda = torch.device(device).type == "cuda"
-        self._devices = [torch.device(device).index or 0] if is_cuda else []
-        self._states: list[torch.Tensor] | None = None
+        self._generators = [torch.default_generator]
+        if torch.device(device).type == "cuda":
+            torch.cuda.init()  # makes its default generators
+            self._generators.append(torch.cuda.default_generators[torch.device(device).index or 0])
+        torch_seed = purpose * (MAX_SEED + 1) + seed
+        self._states = [
+            torch.Generator(default.device).manual_seed(torch_seed).get_state()
+            for default in self._generators
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """While the block runs, the default generators continue this stream."""
-        with torch.random.fork_rng(self._devices):
-            if self._states is None:
-                torch.manual_seed(self._seed)
-            else:
-                torch.set_rng_state(self._states[0])
-                for device, state in zip(self._devices, self._states[1:], strict=True):
-                    torch.cuda.set_rng_state(state, device)
-            try:
-                yield
-            finally:
-                on_devices = (torch.cuda.get_rng_state(device) for device in self._devices)
-                self._states = [torch.get_rng_state(), *on_devices]
+        outside = self._swap(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._swap(outside)
 
-
-def check_seed(seed: int) -> None:
-    """Check that a run can have this seed.
-
-    Raises:
-        ValueError: it can't.
-    """
-    if not 0 <= seed < _N_SEEDS:
-        raise invalid_option("seed", seed, f"0 to {_N_SEEDS - 1}")
+    def _swap(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Set the states of the default generators, and return their previous ones."""
+        previous = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+        return previous

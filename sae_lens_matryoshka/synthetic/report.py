@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from sae_lens import SAE
 from sae_lens.util import cosine_similarities
 
-from sae_lens_matryoshka.synthetic.models import TOY, Benchmark, parents_of
+from sae_lens_matryoshka.synthetic.models import TOY, TOY_CHILDREN, TOY_PARENTS, Benchmark
 from sae_lens_matryoshka.synthetic.results import Result, result_folder
 from sae_lens_matryoshka.synthetic.scores import match
 from sae_lens_matryoshka.util.files import atomic_file
@@ -32,14 +32,7 @@ _COLUMNS = {
     "l0": ("L0", 2),
     "dead_latents": ("dead", 1),
 }
-_PANELS = {
-    **{name: title for name, (title, _) in _COLUMNS.items()},
-    "precision": "precision",
-    "recall": "recall",
-    "uniqueness": "uniqueness",
-    "mean_max_decoder_cosine": "largest cosine",
-    "l0_training": "L0 in training",
-}
+_ONLY_PLOTTED = ("precision", "recall", "uniqueness", "mean_max_decoder_cosine", "l0_training")
 
 
 class Spread(NamedTuple):
@@ -50,28 +43,23 @@ class Spread(NamedTuple):
     n: int
 
 
-class Report(NamedTuple):
-    """The table as Markdown, and the names of the files in the output folder."""
-
-    table: str
-    files: list[str]
-
-
 def write_report(
     results: Sequence[Result], out: Path, order: Sequence[str], benchmark: Benchmark
-) -> Report:
-    """Write `scores.csv`, `summary.json`, `table.md`, `scores.png` and, for toy, the decoders.
+) -> list[str]:
+    """Write `table.md`, `scores.csv`, `summary.json`, `scores.png` and, for toy, the decoders.
 
     Args:
         results: What to report.
         out: The folder that they were read from, for the files.
         order: Variants to show first; others follow by name.
         benchmark: What they were trained on.
+
+    Returns:
+        The names of the files.
     """
-    by_variant: dict[str, list[Result]] = {name: [] for name in order}
-    for result in results:
-        by_variant.setdefault(result.variant, []).append(result)
-    by_variant = {name: group for name, group in by_variant.items() if group}
+    names = dict.fromkeys([*order, *(result.variant for result in results)])
+    groups = {name: [result for result in results if result.variant == name] for name in names}
+    by_variant = {name: group for name, group in groups.items() if group}
     spreads = {name: summarize(group) for name, group in by_variant.items()}
     summary = {
         "benchmark": benchmark.name,
@@ -85,23 +73,25 @@ def write_report(
             for name, group in by_variant.items()
         },
     }
-    text = table(spreads)
-    with atomic_file(out / "table.md") as path:
-        path.write_text(text + "\n")
+    texts = {
+        "table.md": table(spreads),
+        "summary.json": json.dumps(summary, indent=2, allow_nan=False),
+    }
+    for name, text in texts.items():
+        with atomic_file(out / name) as path:
+            path.write_text(text + "\n")
     with atomic_file(out / "scores.csv") as path:
         _write_csv(path, [result for group in by_variant.values() for result in group])
-    with atomic_file(out / "summary.json") as path:
-        path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    with atomic_file(out / "scores.png") as path:
-        _draw_scores(path, spreads)
-    files = ["table.md", "scores.csv", "summary.json", "scores.png"]
+    plots = {"scores.png": _draw_scores(spreads)}
     if benchmark.name == TOY.name:
         seed = min(result.seed for result in results)
         folders = {name: result_folder(out, name, seed) for name in by_variant}
-        with atomic_file(out / "decoder_cosines.png") as path:
-            _draw_cosines(path, {name: f for name, f in folders.items() if f.exists()}, seed)
-        files.append("decoder_cosines.png")
-    return Report(text, files)
+        folders = {name: folder for name, folder in folders.items() if folder.exists()}
+        plots["decoder_cosines.png"] = _draw_cosines(folders, seed)
+    for name, figure in plots.items():
+        with atomic_file(out / name) as path:
+            figure.savefig(path, dpi=120)
+    return [*texts, "scores.csv", *plots]
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Spread]:
@@ -134,78 +124,53 @@ def _cell(spread: Spread | None, digits: int, n_seeds: int) -> str:
 
 
 def _write_csv(path: Path, results: Sequence[Result]) -> None:
-    names = list(dict.fromkeys(name for result in results for name in result.scores))
+    names = dict.fromkeys(name for result in results for name in result.scores)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *names, "seconds"])
-        for result in results:
-            scores = [result.scores.get(name, "") for name in names]
-            writer.writerow([result.variant, result.seed, *scores, result.seconds])
-
-
-def _draw_scores(path: Path, spreads: dict[str, dict[str, Spread]]) -> None:
-    """A panel per score, with a bar and its standard deviation per variant."""
-    n_columns = 5
-    n_rows = math.ceil(len(_PANELS) / n_columns)
-    height = 1.1 + 0.25 * len(spreads)
-    figure = Figure(figsize=(15, n_rows * height), layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-    positions = range(len(spreads))
-    for i, (key, title) in enumerate(_PANELS.items()):
-        scores = [spread.get(key) for spread in spreads.values()]
-        axes[i].barh(
-            positions,
-            [score.mean if score else math.nan for score in scores],
-            xerr=[(score.std or 0.0) if score else 0.0 for score in scores],
-            color=[f"C{position}" for position in positions],
-            capsize=2,
+        writer = csv.DictWriter(file, ["variant", "seed", *names, "seconds"])
+        writer.writeheader()
+        writer.writerows(
+            {"variant": r.variant, "seed": r.seed, **r.scores, "seconds": r.seconds}
+            for r in results
         )
-        axes[i].set_title(title, fontsize=10)
-        labels = list(spreads) if i % n_columns == 0 else []  # in the first column
-        axes[i].set_yticks(positions if labels else [], labels, fontsize=8)
-        axes[i].invert_yaxis()
-        axes[i].tick_params(axis="x", labelsize=8)
-    for axis in axes[len(_PANELS) :]:
-        axis.set_axis_off()
-    figure.savefig(path, dpi=110)
 
 
-def _draw_cosines(path: Path, folders: dict[str, Path], seed: int) -> None:
+def _draw_scores(spreads: dict[str, dict[str, Spread]]) -> Figure:
+    """A panel per score, with a bar and its standard deviation per variant."""
+    figure = Figure(figsize=(15, 3.3 + 0.75 * len(spreads)), layout="constrained")
+    axes = figure.subplots(3, 5, sharey=True).flatten()
+    for axis, key in zip(axes, [*_COLUMNS, *_ONLY_PLOTTED], strict=False):
+        for position, (name, scores) in enumerate(spreads.items()):
+            mean, std, _ = scores.get(key, (math.nan, None, 0))
+            axis.barh(name, mean, xerr=std or 0.0, color=f"C{position}", capsize=2)
+        axis.set_title(key, fontsize=10)
+        axis.tick_params(labelsize=8)
+    axes[0].invert_yaxis()
+    axes[-1].set_axis_off()
+    return figure
+
+
+def _draw_cosines(folders: dict[str, Path], seed: int) -> Figure:
     """Cosines of decoder rows and true features, for each variant of the toy benchmark."""
-    model = TOY.build(seed, "cpu")
-    features = model.feature_dict.feature_vectors.detach()
-    labels = _feature_labels(parents_of(model).tolist())
+    features = TOY.build(seed, "cpu").feature_dict.feature_vectors.detach()
+    labels = [str(feature) for feature in range(len(features))]
+    for i, parent in enumerate(TOY_PARENTS, 1):
+        children = [f"C{i}.{j}" for j in range(1, TOY_CHILDREN + 1)]
+        labels[parent : parent + 1 + TOY_CHILDREN] = [f"P{i}", *children]
     n_columns = min(len(folders), 3)
     n_rows = math.ceil(len(folders) / n_columns)
     figure = Figure(figsize=(4.2 * n_columns + 1, 4.2 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-    image = None
     for axis, (name, folder) in zip(axes, folders.items(), strict=False):
         cosines = cosine_similarities(SAE.load_from_disk(folder).W_dec.detach(), features)
-        matched = match(cosines).latents.tolist()
+        matched = match(cosines)[0].tolist()
         rows = [*matched, *sorted(set(range(len(cosines))) - set(matched))]
-        image = axis.imshow(cosines[rows].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        axis.imshow(cosines[rows].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         axis.set_title(name, fontsize=10)
         axis.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
         axis.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=6)
-        axis.set(xlabel="true feature", ylabel="latent, matched to the features in order")
+        axis.set(xlabel="true feature", ylabel="latent, in the order of its matched feature")
     for axis in axes[len(folders) :]:
         axis.set_axis_off()
-    if image is not None:
-        figure.colorbar(image, ax=axes.tolist(), label="cosine", shrink=0.8)
+    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="cosine", shrink=0.8)
     figure.suptitle(f"Decoder rows and true features, seed {seed}")
-    figure.savefig(path, dpi=130)
-
-
-def _feature_labels(parents: list[int]) -> list[str]:
-    """P1 for a parent, C1.2 for its second child, 5 for a feature outside the tree."""
-    roots = sorted(set(parents) - {-1})
-    labels = []
-    for feature, parent in enumerate(parents):
-        if feature in roots:
-            labels.append(f"P{roots.index(feature) + 1}")
-        elif parent < 0:
-            labels.append(str(feature))
-        else:  # the toy's children come right after their parent
-            labels.append(f"C{roots.index(parent) + 1}.{feature - parent}")
-    return labels
+    return figure

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import sae_lens_matryoshka
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.synthetic.variants import Variant
 
-SCORES_FILE = "scores.json"
-_RESULTS = "runs"
-# What all results in one table have in common; the benchmark's other fields are defaults of SAEs.
+_RESULTS, _SCORES_FILE = "runs", "scores.json"
+# Settings that all results of one table share; the benchmark's other fields are defaults of SAEs.
 _SHARED = ("n_samples", "batch_size", "lr", "n_scoring_samples")
 
 
@@ -29,7 +29,7 @@ class Result:
     variant: str
     seed: int
     settings: Mapping[str, Any]  # as from `settings_of`
-    scores: Mapping[str, float]  # as from `scores.score`
+    scores: Mapping[str, float]  # as from `scores.score`, and `l0_training`
     seconds: float  # of its training steps, without drawing samples
     device: str
 
@@ -40,7 +40,7 @@ def result_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def settings_of(benchmark: Benchmark, variant: Variant, seed: int) -> dict[str, Any]:
-    """All that decides a result's numbers, besides library versions and the device."""
+    """All that a result's numbers depend on, besides library versions and the device."""
     sae = {
         f.name: getattr(variant.cfg, f.name)
         for f in fields(variant.cfg)
@@ -57,13 +57,16 @@ def settings_of(benchmark: Benchmark, variant: Variant, seed: int) -> dict[str, 
     return json.loads(json.dumps(settings, default=asdict))
 
 
-def library_versions() -> dict[str, str]:
-    return {
+def write_scores(folder: Path, **record: Any) -> None:
+    """Write `scores.json`, the fields of a `Result`, beside a saved SAE."""
+    record["versions"] = {
         "sae_lens_matryoshka": sae_lens_matryoshka.__version__,
         "sae_lens": sae_lens.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    text = json.dumps(record, indent=2, allow_nan=False)
+    (folder / _SCORES_FILE).write_text(text + "\n")
 
 
 def read_results(out: Path) -> list[Result]:
@@ -72,21 +75,15 @@ def read_results(out: Path) -> list[Result]:
     Raises:
         ValueError: a `scores.json` is broken.
     """
-    paths = out.glob(f"{_RESULTS}/*/seed_*/{SCORES_FILE}")
-    return sorted(map(_read_result, paths), key=lambda result: (result.variant, result.seed))
+    paths = out.glob(f"{_RESULTS}/*/seed_*/{_SCORES_FILE}")
+    return sorted(map(_read_result, paths), key=attrgetter("variant", "seed"))
 
 
 def _read_result(path: Path) -> Result:
     try:
         record = json.loads(path.read_text())
-        return Result(
-            variant=path.parent.parent.name,
-            seed=record["settings"]["seed"],
-            settings=record["settings"],
-            scores=record["scores"],
-            seconds=record["seconds"],
-            device=record["device"],
-        )
+        values = {name: record[name] for name in ("settings", "scores", "seconds", "device")}
+        return Result(path.parent.parent.name, record["settings"]["seed"], **values)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of scores: {error!r}.") from error
 
@@ -98,46 +95,38 @@ def untrained_variants(
     out: Path,
     device: str = "cpu",
 ) -> dict[int, list[Variant]]:
-    """The variants of each seed without a result in `out`; seeds without any are left out.
+    """The variants without a result in `out`, by seed; seeds without any are left out.
 
     Raises:
         ValueError: a result in `out` was made with other settings or on another kind of device.
     """
-    results = read_results(out)
     by_name = {variant.name: variant for variant in variants}
-    for result in results:
-        folder = result_folder(out, result.variant, result.seed)
-        if torch.device(result.device).type != torch.device(device).type:
-            raise ValueError(
-                f"{folder} was made with device={result.device!r}; device={device!r} draws other "
-                "samples: give another --out, or the same device."
+    trained = set()
+    for result in read_results(out):
+        trained.add((result.variant, result.seed))
+        variant = by_name.get(result.variant, variants[0])
+        # with the result's own seed, which may differ
+        old = _flat(result.settings, result.device)
+        new = _flat(settings_of(benchmark, variant, result.seed), device)
+        shared = ("benchmark", *_SHARED, "device")
+        compared = old | new if result.variant in by_name else shared
+        different = sorted(name for name in compared if old.get(name) != new.get(name))
+        if different:
+            folder = result_folder(out, result.variant, result.seed)
+            of_old, of_new = (
+                ", ".join(f"{name}={values.get(name)!r}" for name in different)
+                for values in (old, new)
             )
-        # With the result's own seed, so that the seed is not among the differences.
-        settings = settings_of(benchmark, by_name.get(result.variant, variants[0]), result.seed)
-        if result.variant not in by_name:
-            settings = {name: settings[name] for name in ("benchmark", *_SHARED)}
-        _check_same_settings(result, settings, folder)
-    trained = {(result.variant, result.seed) for result in results}
+            raise ValueError(
+                f"{folder} was made with {of_old}, not {of_new}: give another --out, or the same "
+                "settings."
+            )
     untrained = {seed: [v for v in variants if (v.name, seed) not in trained] for seed in seeds}
     return {seed: variants for seed, variants in untrained.items() if variants}
 
 
-def _check_same_settings(result: Result, settings: Mapping[str, Any], folder: Path) -> None:
-    old, new = (
-        _flat({name: values[name] for name in settings if name in values})
-        for values in (result.settings, settings)
-    )
-    names = sorted(name for name in old | new if old.get(name) != new.get(name))
-    if names:
-        of_old, of_new = (
-            ", ".join(f"{name}={values.get(name)!r}" for name in names) for values in (old, new)
-        )
-        raise ValueError(
-            f"{folder} was made with {of_old}, not {of_new}: give another --out, or the same "
-            "settings."
-        )
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(settings: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Settings without nesting; of the device only its type, which draws other samples."""
     flat = {name: value for name, value in settings.items() if name != "sae"}
-    return {**flat, **{f"sae.{name}": value for name, value in settings.get("sae", {}).items()}}
+    flat |= {f"sae.{name}": value for name, value in settings.get("sae", {}).items()}
+    return {**flat, "device": torch.device(device).type}

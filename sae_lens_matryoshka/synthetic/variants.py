@@ -6,22 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-import yaml
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_matryoshka.runs.config import checked_value, unknown_field
+from sae_lens_matryoshka.runs.config import _from_yaml, checked_value, unknown_field
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.util.checks import invalid_option
 
-LEVELS = "levels"
-RECOMMENDED = "recommended"
+_LEVELS = "levels"
+_RECOMMENDED = "recommended"
 _VARIED = MatryoshkaTrainingSAEConfig.architecture()
 _ARCHITECTURES = {"l1": "standard"}  # named as papers do
-# The run's seed is that of sampled prefixes too, and synthetic activations have no heads.
+# The run's seed is also that of sampled prefixes, and synthetic activations have no heads.
 _FIXED = ("d_in", "d_sae", "device", "metadata", "prefix_seed", "reshape_activations")
 # The others estimate a scale from samples, which the SAEs trained beside would miss.
 _NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
@@ -33,6 +32,12 @@ class Variant:
 
     name: str
     cfg: TrainingSAEConfig
+
+
+class _Choice(NamedTuple):
+    field: str
+    text: str  # as it was written
+    value: Any
 
 
 def plan_variants(
@@ -55,39 +60,30 @@ def plan_variants(
     Raises:
         ValueError: a name, field or value is not accepted, or a variant is given twice.
     """
-    axes: dict[str, list[tuple[str, Any]]] = {}
-    for text in vary:
-        field, values = _axis(text)
-        if field in axes:
-            raise ValueError(f"--vary {text!r} is not accepted: {field} is varied twice.")
-        axes[field] = values
-    if LEVELS in axes and "matryoshka_widths" in axes:
+    axes = dict(_axis(text) for text in vary)
+    if len(axes) < len(vary):
+        raise ValueError(f"--vary {' '.join(vary)} is not accepted: a field is varied twice.")
+    if _LEVELS in axes and "matryoshka_widths" in axes:
         raise ValueError("levels and matryoshka_widths both set the widths: vary only one.")
-    bases = {name: base_config(benchmark, name) for name in names}
-    if len(bases) < len(names):
-        raise ValueError(f"--variants {','.join(names)} is not accepted: a name is given twice.")
-    for field in axes:
-        if not any(_is_varied(field, name, base) for name, base in bases.items()):
-            raise ValueError(
-                f"--vary {field} is not accepted: it varies none of {', '.join(names)}; add "
-                f"{_VARIED} to --variants."
-            )
-    variants = []
-    for name, base in bases.items():
-        choices = [
-            [(field, text, value) for text, value in values]
-            for field, values in axes.items()
-            if _is_varied(field, name, base)
-        ]
-        combined = [(), *((c,) for axis in choices for c in axis)] if one_at_a_time else None
-        for choice in combined or product(*choices):
-            k = {field: value for field, _, value in choice}.get("k", benchmark.k)
-            # A recipe's other options depend on k.
-            sized = base if k == benchmark.k else base_config(replace(benchmark, k=k), name)
-            variants.append(_variant(name, sized, choice))
-    duplicates = [name for name, n in Counter(v.name for v in variants).items() if n > 1]
-    if duplicates:
-        raise ValueError(f"--vary gives {duplicates[0]} twice.")
+    variants: list[Variant] = []
+    varied: set[str] = set()
+    for name in names:
+        has_k = hasattr(base_config(benchmark, name), "k")
+        own = [field for field in axes if name == _VARIED or (field == "k" and has_k)]
+        varied.update(own)
+        each_alone = [(), *((choice,) for field in own for choice in axes[field])]
+        combinations = product(*(axes[field] for field in own))
+        planned = each_alone if one_at_a_time else combinations
+        variants += [_variant(benchmark, name, choices) for choices in planned]
+    idle = [field for field in axes if field not in varied]
+    if idle:
+        raise ValueError(
+            f"--vary {idle[0]} is not accepted: it varies none of {', '.join(names)}; add "
+            f"{_VARIED} to --variants."
+        )
+    counts = Counter(variant.name for variant in variants).most_common(1)
+    if counts and counts[0][1] > 1:
+        raise ValueError(f"variant {counts[0][0]} is given twice.")
     return variants
 
 
@@ -97,32 +93,27 @@ def base_config(benchmark: Benchmark, name: str) -> TrainingSAEConfig:
     Raises:
         ValueError: the name is none of these, or the benchmark's k is not accepted.
     """
-    if name == RECOMMENDED:
-        return MatryoshkaTrainingSAEConfig.recommended(
-            d_in=benchmark.d_in,
-            d_sae=benchmark.d_sae,
-            k=benchmark.k,
-            n_steps=benchmark.n_samples // benchmark.batch_size,
-            matryoshka_widths=list(benchmark.matryoshka_widths),
-        )
-    architecture = _ARCHITECTURES.get(name, name)
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        accepted = sorted({RECOMMENDED, *_ARCHITECTURES, *SAE_TRAINING_CLASS_REGISTRY})
-        raise ValueError(f"variant {name!r} is not accepted: give one of {', '.join(accepted)}.")
-    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     sizes = {
         "d_in": benchmark.d_in,
         "d_sae": benchmark.d_sae,
         "k": benchmark.k,
-        "l1_coefficient": benchmark.l1_coefficient,
         "matryoshka_widths": list(benchmark.matryoshka_widths),
     }
-    names = {f.name for f in fields(config_class)}
+    if name == _RECOMMENDED:
+        n_steps = benchmark.n_samples // benchmark.batch_size
+        return MatryoshkaTrainingSAEConfig.recommended(**sizes, n_steps=n_steps)
+    architecture = _ARCHITECTURES.get(name, name)
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        accepted = sorted({_RECOMMENDED, *_ARCHITECTURES, *SAE_TRAINING_CLASS_REGISTRY})
+        raise ValueError(f"variant {name!r} is not accepted: give one of {', '.join(accepted)}.")
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     if get_type_hints(config_class).get("k") is int:
         if benchmark.k % 1:
             raise invalid_option("k", benchmark.k, f"an integer for {name}")
         sizes["k"] = int(benchmark.k)
-    return config_class(**{name: value for name, value in sizes.items() if name in names})
+    sizes["l1_coefficient"] = benchmark.l1_coefficient
+    names = {f.name for f in fields(config_class)}
+    return config_class(**{field: value for field, value in sizes.items() if field in names})
 
 
 def level_widths(n_levels: int, d_sae: int) -> list[int]:
@@ -142,36 +133,36 @@ def level_widths(n_levels: int, d_sae: int) -> list[int]:
     return [round(d_sae * i / n_levels) for i in range(1, n_levels + 1)]
 
 
-def _axis(text: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Parse `field=value,value` into the field and its values, each as text and as a value."""
+def _axis(text: str) -> tuple[str, list[_Choice]]:
+    """Parse `field=value,value,…`."""
     field, equals, values = text.partition("=")
-    hints = get_type_hints(MatryoshkaTrainingSAEConfig)
-    names = [f.name for f in fields(MatryoshkaTrainingSAEConfig) if f.name not in _FIXED]
-    if field not in (*names, LEVELS):
-        raise unknown_field(field, [*names, LEVELS])
+    hints = {**get_type_hints(MatryoshkaTrainingSAEConfig), _LEVELS: int}
+    names = [name for name in hints if name not in _FIXED]
+    if field not in names:
+        raise unknown_field(field, names)
     if not equals or not all(values.split(",")):
         raise ValueError(f"--vary {text!r} is not accepted: give {field}=value,value,…")
-    hint = int if field == LEVELS else hints[field]
-    return field, [(value, checked_value(field, _read(value), hint)) for value in values.split(",")]
+    hint = hints[field]
+    return field, [
+        _Choice(field, v, checked_value(field, _read(v), hint)) for v in values.split(",")
+    ]
 
 
 def _read(text: str) -> Any:
-    items = [yaml.safe_load(item) for item in text.split("/")]
+    items = [_from_yaml(item) for item in text.split("/")]
     return items if len(items) > 1 else items[0]
 
 
-def _is_varied(field: str, name: str, base: TrainingSAEConfig) -> bool:
-    return name == _VARIED or (field == "k" and hasattr(base, "k"))
-
-
-def _variant(name: str, base: TrainingSAEConfig, choice: Sequence[tuple[str, str, Any]]) -> Variant:
-    changes = {field: value for field, _, value in choice}
-    if LEVELS in changes:
-        changes["matryoshka_widths"] = level_widths(changes.pop(LEVELS), base.d_sae)
-    cfg = replace(base, **changes)
+def _variant(benchmark: Benchmark, name: str, choices: Sequence[_Choice]) -> Variant:
+    changes = {choice.field: choice.value for choice in choices}
+    # in the base config, because a recipe's other options depend on k
+    cfg = base_config(replace(benchmark, k=changes.pop("k", benchmark.k)), name)
+    if _LEVELS in changes:
+        changes["matryoshka_widths"] = level_widths(changes.pop(_LEVELS), cfg.d_sae)
+    cfg = replace(cfg, **changes)
     if cfg.normalize_activations not in _NORMALIZATIONS:
         accepted = f"one of {', '.join(map(repr, _NORMALIZATIONS))}"
         raise invalid_option("normalize_activations", cfg.normalize_activations, accepted)
-    # Names become folders, so no slash.
-    parts = (f"{field}={text.replace('/', '-')}" for field, text, _ in choice)
+    # names become folders, so no slash
+    parts = (f"{choice.field}={choice.text.replace('/', '-')}" for choice in choices)
     return Variant(",".join([name, *parts]), cfg)

@@ -9,23 +9,22 @@ from dataclasses import replace
 import pytest
 
 from sae_lens_matryoshka import cli
-from sae_lens_matryoshka.cli import synth as cli_synth
+from sae_lens_matryoshka.cli.synth import seeds
+from sae_lens_matryoshka.synthetic import models, training
 from sae_lens_matryoshka.synthetic.models import TOY
 from sae_lens_matryoshka.synthetic.report import summarize, table
 from sae_lens_matryoshka.synthetic.results import Result
-from sae_lens_matryoshka.synthetic.training import train_together
-from sae_lens_matryoshka.synthetic.variants import plan_variants
 
 SHORT = replace(TOY, n_samples=20 * 64, batch_size=64, n_scoring_samples=2000)
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_synth, "TOY", SHORT)
+    monkeypatch.setattr(models, "TOY", SHORT)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["toys"], "invalid choice: 'toys'"),
         (["toy", "--scale", "full"], "--scale full is not accepted: toy has one size"),
@@ -34,30 +33,30 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (["toy", "--seeds", "a"], "'a' is not accepted"),
         (["toy", "--seeds", "5000000000,"], "seed=5000000000 is not accepted"),
         (["toy", "--samples", "10"], "samples=10 is not accepted: give at least a batch"),
-        (["toy", "--lr", "nan"], "lr=nan is not accepted"),
-        (["toy", "--k", "-1"], "k=-1.0 is not accepted"),
+        (["toy", "--lr", "nan"], "argument --lr: 'nan' is not accepted"),
+        (["toy", "--k", "-1"], "argument --k: '-1' is not accepted"),
         (["toy", "--k", "21"], "at most d_sae=20"),
-        (["toy", "--jobs", "0"], "jobs=0 is not accepted"),
-        (["toy", "--device", "abacus"], "device='abacus' is not accepted here"),
+        (["toy", "--jobs", "0"], "argument --jobs: '0' is not accepted"),
+        (["toy", "--device", "abacus"], "device='abacus' is not accepted"),
         (["toy", "--variants", "l2"], "variant 'l2' is not accepted"),
         (["toy", "--vary", "kk=1"], "kk is not a field"),
         (["toy", "--out", f"{__file__}/x"], "can't be written to"),
     ],
 )
-def test_mistakes(words, told, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_synth, "train_all", pytest.fail)
+def test_mistakes(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train_all", pytest.fail)
     assert cli.main(["synth", "--out", str(tmp_path / "out"), *words]) == 2
     answer = capsys.readouterr().err
     assert answer.startswith("error: ")
     assert answer.count("\n") == 1
-    assert told in answer
+    assert message in answer
     assert not (tmp_path / "out").exists()
 
 
 def test_seeds():
-    assert cli_synth._seeds("3") == [0, 1, 2]
-    assert cli_synth._seeds("0,3,7") == [0, 3, 7]
-    assert cli_synth._seeds("7,") == [7]
+    assert seeds("3") == [0, 1, 2]
+    assert seeds("0,3,7") == [0, 3, 7]
+    assert seeds("7,") == [7]
 
 
 @pytest.mark.usefixtures("short")
@@ -83,21 +82,20 @@ def test_from_nothing_to_files(tmp_path, capsys, monkeypatch):
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     mccs = [float(row["mcc"]) for row in rows[:2]]
-    told = summary["variants"]["batchtopk,k=1"]
-    assert told["scores"]["mcc"]["mean"] == pytest.approx(sum(mccs) / 2)
-    assert told["scores"]["mcc"]["std"] == pytest.approx(abs(mccs[0] - mccs[1]) / 2**0.5)
-    assert told["seeds"] == [0, 1]
-    assert told["settings"]["sae"]["k"] == 1
+    first = summary["variants"]["batchtopk,k=1"]
+    assert first["scores"]["mcc"]["mean"] == pytest.approx(sum(mccs) / 2)
+    assert first["scores"]["mcc"]["std"] == pytest.approx(abs(mccs[0] - mccs[1]) / 2**0.5)
+    assert first["seeds"] == [0, 1]
+    assert first["settings"]["sae"]["k"] == 1
 
-    # Again with another variant: only that one is lacking, and all are told of.
+    # Again with another variant: only that one is trained, and the table has all.
     def train_here(benchmark, untrained, out, *, n_jobs, device):
         assert {seed: [v.name for v in vs] for seed, vs in untrained.items()} == {0: ["l1"]}
-        train_together(benchmark, untrained[0], 0, out, device)
+        training.train_together(benchmark, untrained[0], 0, out, device)
 
-    monkeypatch.setattr(cli_synth, "train_all", train_here)
-    assert (
-        cli.main(["synth", "toy", "--out", str(tmp_path), "--variants", "l1", "--seeds", "1"]) == 0
-    )
+    monkeypatch.setattr(training, "train_all", train_here)
+    words = ["synth", "toy", "--out", str(tmp_path), "--variants", "l1", "--seeds", "1"]
+    assert cli.main(words) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == [
         "| variant",
@@ -107,7 +105,7 @@ def test_from_nothing_to_files(tmp_path, capsys, monkeypatch):
 
 
 def test_the_processes_say_which_sae_diverged(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_synth, "TOY", replace(SHORT, lr=1e30))
+    monkeypatch.setattr(models, "TOY", replace(SHORT, lr=1e30))
     words = ["synth", "toy", "--out", str(tmp_path), "--variants", "matryoshka", "--seeds", "1"]
     assert cli.main(words) == 2
     assert "error: matryoshka: Training stopped at step" in capsys.readouterr().err
@@ -125,7 +123,3 @@ def test_a_score_that_some_seeds_lack():
     assert cells[2] == "0.600 ± 0.141"
     assert cells[4] == "0.250 (1 of 2)"
     assert cells[-1] == "2"
-
-
-def test_plan_names_the_same_variants_as_the_benchmark():
-    assert [v.name for v in plan_variants(TOY, TOY.variants)] == ["l1", "batchtopk", "matryoshka"]
