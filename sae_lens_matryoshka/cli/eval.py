@@ -13,19 +13,15 @@ from sae_lens_matryoshka.cli.options import (
     add_widths,
     exit_on_sigterm,
     names,
-    positive_integer,
 )
+from sae_lens_matryoshka.saebench.evaluations import DEFAULT_EVALUATIONS, EVALUATIONS, unmet_need
 
-# As `saebench.evaluations.EVALUATIONS`, which imports PyTorch
-_EVALUATIONS = """evaluations:
-  absorption, sparse_probing, sparse_probing_sae_probes, scr, tpp, core, ravel, meta_structure
-  unlearning: needs an instruction-tuned model and WMDP's corpus, which its authors send on request
-  autointerp: needs an OpenAI account: set OPENAI_API_KEY"""
-_DEFAULT_EVALUATIONS = "absorption,sparse_probing,scr,tpp,core"
+Sources = list[list[str]]
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
+    needs = {name: f" (needs {e.needs})" if e.needs else "" for name, e in EVALUATIONS.items()}
     parser: CommandParser = commands.add_parser(
         "eval",
         help="run SAEBench on each level of SAEs",
@@ -33,8 +29,7 @@ def add_parser(commands: Any) -> None:
         description="Run SAEBench on SAEs and each of their levels. An SAE is a folder, or "
         "release:id. Evaluations that the folder holds already are not run again. "
         "--EVALUATION.FIELD VALUE sets a field of SAEBench's configs; lists are written '[a, b]'.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_EVALUATIONS,
+        epilog=f"evaluations: {', '.join(name + need for name, need in needs.items())}",
     )
     parser.takes_fields = True
     parser.add_argument("saes", nargs="+", metavar="SAE", help="evaluated level by level")
@@ -42,15 +37,12 @@ def add_parser(commands: Any) -> None:
         "--against", nargs="+", default=[], metavar="SAE", help="baselines, each evaluated whole"
     )
     parser.add_argument(
-        "--levels",
-        type=_levels,
-        metavar="all|N,N,…",
-        help="all (default), or numbers from 1 on: 1,3",
+        "--levels", type=_levels, metavar="all|N,N,…", help="all (default), or numbers: 1,3"
     )
     parser.add_argument(
         "--evals",
         type=names,
-        default=_DEFAULT_EVALUATIONS,
+        default=",".join(DEFAULT_EVALUATIONS),
         metavar="E,E,…",
         help="default: %(default)s",
     )
@@ -73,31 +65,20 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    settings = _settings(args.fields)
-
-    from sae_lens_matryoshka.saebench.evaluations import installed
-    from sae_lens_matryoshka.saebench.suite import check_names, check_options
-
-    installed()
-    check_names(args.evals, settings)
-    device = "cpu" if args.dry_run else args.device  # a dry run may be for another machine
-    check_options(args.out, args.seeds, args.model, device)
+    saes, against = ([_source(text) for text in texts] for texts in (args.saes, args.against))
     options = {
         "levels": args.levels,
         "evaluations": args.evals,
         "n_seeds": args.seeds,
-        "settings": settings,
+        "settings": _settings(args.fields),
         "matryoshka_widths": args.matryoshka_widths,
         "model_name": args.model,
-        "device": device,
+        "device": "cpu" if args.dry_run else args.device,  # the run may be on another machine
     }
-    saes, against = ([_source(text) for text in texts] for texts in (args.saes, args.against))
     return (_dry_run if args.dry_run else _evaluate)(saes, against, args.out, options)
 
 
-def _evaluate(
-    saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
-) -> int:
+def _evaluate(saes: Sources, against: Sources, out: Path, options: dict[str, Any]) -> int:
     from sae_lens_matryoshka.saebench.report import write_report
     from sae_lens_matryoshka.saebench.suite import plan_suite, run_suite
 
@@ -107,47 +88,45 @@ def _evaluate(
         record = run_suite(plan)
     except (KeyboardInterrupt, SystemExit):
         write_report(plan.record, out, is_finished=False)
-        print(
-            f"\nStopped. {out} has what is finished; the same command resumes.", file=sys.stderr
-        )
+        print(f"\nStopped. {out} has what is finished; the same command resumes.", file=sys.stderr)
         raise
     print(f"\n{write_report(record, out)}\n\n{out / 'report.html'} has the same with plots.")
     planned = {candidate.key for candidate in plan.candidates}
     return int(any(planned & record.not_run[evaluation].keys() for evaluation in plan.evaluations))
 
 
-def _dry_run(
-    saes: list[list[str]], against: list[list[str]], out: Path, options: dict[str, Any]
-) -> int:
-    """Check what can be checked without a network, and say what can't."""
+def _dry_run(saes: Sources, against: Sources, out: Path, options: dict[str, Any]) -> int:
+    """Check what can be checked without a network, and name the rest."""
     from sae_lens_matryoshka.hub.load import repo_and_folder
     from sae_lens_matryoshka.runs.dry_run import go_offline
-    from sae_lens_matryoshka.saebench.evaluations import unmet_need
-    from sae_lens_matryoshka.saebench.suite import Record, plan_suite
+    from sae_lens_matryoshka.saebench.records import Record
+    from sae_lens_matryoshka.saebench.suite import check_request, plan_suite
 
+    without_sae = ("evaluations", "n_seeds", "settings", "model_name", "device")
+    check_request(out, **{name: options[name] for name in without_sae})
     go_offline()
-    local: dict[str, list[list[str]]] = {"saes": [], "against": []}
-    for name, sources in (("saes", saes), ("against", against)):
-        for source in sources:
-            if len(source) == 2:
-                repo_id, folder = repo_and_folder(*source)
-                print(f"{':'.join(source)}: {folder} of {repo_id}, not downloaded")
-            elif Path(source[0]).is_dir():
-                local[name].append(source)
-            else:
-                print(f"{source[0]}: not there yet")
+    for source in [*saes, *against]:
+        if len(source) == 2:
+            repo_id, folder = repo_and_folder(*source)
+            print(f"{':'.join(source)}: {folder} of {repo_id}, not downloaded")
+        elif not Path(source[0]).is_dir():
+            print(f"{source[0]}: not there yet")
     for evaluation in options["evaluations"]:
         if (need := unmet_need(evaluation)) is not None:
             print(f"{evaluation} {need}")
     Record.read(out)
-    if any(local.values()):
+    saes, against = (
+        [source for source in sources if len(source) == 1 and Path(source[0]).is_dir()]
+        for sources in (saes, against)
+    )
+    if saes or against:
         try:
-            plan = plan_suite(local["saes"], out, against=local["against"], **options)
+            plan = plan_suite(saes, out, against=against, **options)
         except OSError as error:
             print(f"Not checked: {error}")
         else:
             for candidate in plan.candidates:
-                print(f"{candidate.title}: {plan.record.hook_names[candidate.label]}, there")
+                print(f"{candidate.title}: {plan.record.hook_names[candidate.label]}, found")
     seeds = f"{options['n_seeds']} seed{'s' if options['n_seeds'] > 1 else ''}"
     print(f"Would run {', '.join(options['evaluations'])} with {seeds}, into {out}.")
     return 0
@@ -182,13 +161,13 @@ def _settings(words: list[str]) -> dict[str, dict[str, Any]]:
         evaluation, dot, field = name.partition(".")
         if not flag.startswith("--") or not dot:
             raise ValueError(
-                f"{flag!r} is not an option; --help names them, and --EVALUATION.FIELD VALUE sets "
-                "a field of SAEBench's configs."
+                f"{flag!r} is not an option: see --help; --EVALUATION.FIELD VALUE sets a field of "
+                "SAEBench's configs."
             )
         if not equals:
             value = next(pairs, None)
             if value is None:
-                raise ValueError(f"{flag} lacks a value.")
+                raise ValueError(f"{flag} needs a value.")
         try:
             settings.setdefault(evaluation, {})[field] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -1,19 +1,24 @@
-"""What SAEBench's files say, over seeds: means, spreads, and which differences are real."""
+"""Scores over seeds: means, intervals, and which differences are larger than the spread."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from scipy import stats
 
-from sae_lens_matryoshka.saebench.candidates import Candidate
-from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS, L0, Metric, result_file, shown
-from sae_lens_matryoshka.saebench.suite import Record
+from sae_lens_matryoshka.saebench.evaluations import (
+    EVALUATIONS,
+    L0,
+    Metric,
+    read_metrics,
+    result_file,
+)
+from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.util.files import atomic_file
 
 CONFIDENCE = 0.95
@@ -21,19 +26,17 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one candidate.
+    """One metric of one candidate."""
 
-    Attributes:
-        evaluation: A key of `EVALUATIONS`.
-        metric: What was measured.
-        candidate: The SAE or level.
-        values: Seed → value.
-    """
-
-    evaluation: str
+    evaluation: str  # a key of `EVALUATIONS`
     metric: Metric
     candidate: Candidate
-    values: Mapping[int, float]
+    values: Mapping[int, float]  # seed → value
+
+    @property
+    def is_headline(self) -> bool:
+        """Whether it is the evaluation's first metric."""
+        return self.metric == EVALUATIONS[self.evaluation].metrics[0]
 
     @property
     def mean(self) -> float:
@@ -41,17 +44,23 @@ class Score:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over seeds; None from fewer than two."""
+        """Standard deviation over seeds; None if there are fewer than two."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the mean over all seeds lies with 95 % confidence (Student); None from one seed."""
+        """Student's 95 % confidence interval of the mean over seeds; None from one seed."""
         if self.std is None:
             return None
         n = len(self.values)
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * self.std / n**0.5
         return self.mean - half, self.mean + half
+
+    def __str__(self) -> str:
+        """Mean and standard deviation as tables show them."""
+        digits = 2 if abs(self.mean) >= 10 else 3
+        std = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{std}"
 
 
 def are_apart(a: Score, b: Score) -> bool:
@@ -62,62 +71,56 @@ def are_apart(a: Score, b: Score) -> bool:
 
 
 def read_scores(record: Record, out: Path) -> list[Score]:
-    """Every number of `EVALUATIONS` that the results in an output folder hold."""
+    """Every metric of `EVALUATIONS` in the results of an output folder."""
     scores = []
     for evaluation in record.settings:
-        seeds = record.seeds(out, evaluation)
+        folders = (out / evaluation).glob("seed_[0-9]*")
+        by_seed = {int(folder.name.removeprefix("seed_")): folder for folder in folders}
         for candidate in record.candidates:
             by_metric: dict[Metric, dict[int, float]] = {}
-            for seed in seeds:
-                file = result_file(out / evaluation / f"seed_{seed}", evaluation, candidate.key)
-                for metric, value in shown(file, evaluation).items():
+            for seed, folder in sorted(by_seed.items()):
+                file = result_file(folder, evaluation, candidate.key)
+                for metric, value in read_metrics(file, evaluation).items():
                     by_metric.setdefault(metric, {})[seed] = value
             for metric, values in by_metric.items():
                 scores.append(Score(evaluation, metric, candidate, values))
     return scores
 
 
-def l0_of(scores: list[Score], candidate: Candidate) -> float | None:
-    """Mean active latents per token, as core measured them; None where it was not run."""
-    for score in scores:
-        if score.metric.key == L0 and score.candidate == candidate:
-            return score.mean
-    return None
+def l0_by_key(scores: Sequence[Score]) -> dict[str, float]:
+    """Key of a candidate → mean active latents per token, of those that core has measured."""
+    return {score.candidate.key: score.mean for score in scores if score.metric.key == L0}
 
 
-def comparisons(scores: list[Score]) -> list[str]:
+def comparisons(scores: Sequence[Score]) -> list[str]:
     """A sentence on each whole SAE against each baseline, for each evaluation's first metric.
 
     Two whose intervals overlap are not ranked.
     """
-    sentences: list[str] = []
-    for evaluation, description in EVALUATIONS.items():
-        whole = [
-            score
-            for score in scores
-            if score.evaluation == evaluation
-            and score.metric == description.metrics[0]
-            and score.candidate.width == score.candidate.d_sae
-        ]
-        own = [score for score in whole if not score.candidate.is_baseline]
-        baselines = [score for score in whole if score.candidate.is_baseline]
-        sentences += [_compared(*pair, scores) for pair in product(own, baselines)]
-    return sentences
+    whole = [score for score in scores if score.is_headline and score.candidate.is_whole]
+    own = [score for score in whole if not score.candidate.is_baseline]
+    baselines = [score for score in whole if score.candidate.is_baseline]
+    l0 = l0_by_key(scores)
+    return [
+        _comparison(*pair, l0)
+        for evaluation in EVALUATIONS
+        for pair in product(own, baselines)
+        if all(score.evaluation == evaluation for score in pair)
+    ]
 
 
-def _compared(own: Score, other: Score, scores: list[Score]) -> str:
+def _comparison(own: Score, other: Score, l0: Mapping[str, float]) -> str:
     names = ", ".join(
-        f"{score.candidate.label} {spread(score)} ({_told_l0(scores, score.candidate)})"
+        f"{c.label} {score} ({f'L0 {l0[c.key]:.3g}' if c.key in l0 else 'L0 not measured'})"
         for score in (own, other)
+        for c in [score.candidate]
     )
-    if not EVALUATIONS[own.evaluation].is_ranked:
+    evaluation = EVALUATIONS[own.evaluation]
+    if not evaluation.is_ranked:
         verdict = "not ranked, read it as a range"
     elif own.interval is None or other.interval is None:
-        verdict = (
-            "not ranked, from one seed"
-            if EVALUATIONS[own.evaluation].is_random
-            else "not ranked, it has no spread"
-        )
+        reason = "from one seed" if evaluation.is_random else "it has no spread"
+        verdict = f"not ranked, {reason}"
     elif not are_apart(own, other):
         verdict = f"not ranked, the {CONFIDENCE:.0%} intervals of the means overlap"
     else:
@@ -127,32 +130,17 @@ def _compared(own: Score, other: Score, scores: list[Score]) -> str:
     return f"{own.metric.label}: {names}: {verdict}."
 
 
-def _told_l0(scores: list[Score], candidate: Candidate) -> str:
-    l0 = l0_of(scores, candidate)
-    return "L0 not measured" if l0 is None else f"L0 {l0:.3g}"
-
-
-def spread(score: Score) -> str:
-    """Mean and standard deviation as they are printed."""
-    digits = 2 if abs(score.mean) >= 10 else 3
-    std = "" if score.std is None else f" ± {score.std:.{digits}f}"
-    return f"{score.mean:.{digits}f}{std}"
-
-
-def write_summary(record: Record, scores: list[Score], out: Path) -> None:
+def write_summary(record: Record, scores: Sequence[Score], out: Path) -> None:
     """`summary.json`: all scores, comparisons and what was not run."""
+    l0 = l0_by_key(scores)
     content = {
         "model_name": record.model_name,
         "saes": [
             {
                 "title": candidate.title,
-                "label": candidate.label,
-                "width": candidate.width,
-                "d_sae": candidate.d_sae,
-                "is_baseline": candidate.is_baseline,
-                "source": list(candidate.source),
+                **candidate.model_dump(exclude={"matryoshka_widths", "model_name"}),
                 "sha256": record.fingerprints[candidate.label],
-                "l0": l0_of(scores, candidate),
+                "l0": l0.get(candidate.key),
             }
             for candidate in record.candidates
         ],
@@ -184,7 +172,7 @@ def write_summary(record: Record, scores: list[Score], out: Path) -> None:
 
 
 def not_run(record: Record) -> list[tuple[str, str, str]]:
-    """Evaluation, SAE and reason, of each result that is not there."""
+    """Evaluation, title of the SAE and reason of each missing result."""
     titles = {candidate.key: candidate.title for candidate in record.candidates}
     return [
         (evaluation, titles[key], " ".join(reason.split()))

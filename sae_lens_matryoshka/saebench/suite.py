@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,20 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.saebench.candidates import fingerprint, labels, load_whole
 from sae_lens_matryoshka.saebench.evaluations import (
+    DEFAULT_EVALUATIONS,
     EVALUATIONS,
     installed,
     obstacle,
     read_metrics,
 )
 from sae_lens_matryoshka.saebench.process import run_job
-from sae_lens_matryoshka.saebench.records import LOCK, Candidate, Job, Record
+from sae_lens_matryoshka.saebench.records import LOCK, Candidate, Job, Record, other_folder_needed
 from sae_lens_matryoshka.saebench.settings import Settings, check_settings
-from sae_lens_matryoshka.util.checks import checked_count, invalid_option
+from sae_lens_matryoshka.util.checks import checked_count
 from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.files import check_writable
-from sae_lens_matryoshka.util.hook_names import check_place, local_folder, short_model_name
+from sae_lens_matryoshka.util.hook_names import check_hook_name, local_folder, short_model_name
 
-DEFAULT_EVALUATIONS = ("absorption", "sparse_probing", "scr", "tpp", "core")
 _CACHE = ".saebench"  # in the output folder: probes and activations that SAEBench reuses
 
 
@@ -95,7 +94,7 @@ def plan_suite(
     candidates: list[Candidate] = []
     for source in sources:
         label, is_baseline = label_of[source], source not in leveled
-        given_widths = None if is_baseline or matryoshka_widths is None else list(matryoshka_widths)
+        given_widths = None if is_baseline else matryoshka_widths
         sae = load_whole(source, given_widths, model_name)
         record = _add_sae(record, label, sae, out)
         candidates += [
@@ -113,10 +112,7 @@ def plan_suite(
     if record is None:
         raise ValueError("there is no SAE to evaluate.")
     if record.model_sha256 != _local_model_hash(record.model_name):
-        raise ValueError(
-            f"out={str(out)!r} holds results on another model named {record.model_name}: give "
-            "another folder."
-        )
+        raise other_folder_needed(out, f"results on another model named {record.model_name}")
     by_key = {candidate.key: candidate for candidate in record.candidates}
     for candidate in candidates:
         if (other := by_key.get(candidate.key, candidate).label) != candidate.label:
@@ -175,7 +171,7 @@ def _add_sae(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Rec
     if isinstance(sae, Transcoder):
         raise ValueError(f"{label} is a {type(sae).__name__}, and SAEBench evaluates SAEs.")
     try:
-        check_place(metadata.hook_name, sae.cfg.d_in, model_name, label)
+        check_hook_name(metadata.hook_name, sae.cfg.d_in, model_name, label)
     except OSError as error:
         raise OSError(
             f"the model {model_name} of {label} is neither in the folder "
@@ -184,10 +180,8 @@ def _add_sae(record: Record | None, label: str, sae: SAE[Any], out: Path) -> Rec
         ) from error
     sha256 = fingerprint(sae)
     if record.fingerprints.setdefault(label, sha256) != sha256:
-        raise ValueError(
-            f"out={str(out)!r} holds results of another SAE named {label}, with other weights or "
-            "settings: give another folder."
-        )
+        content = f"results of another SAE named {label}, with other weights or settings"
+        raise other_folder_needed(out, content)
     record.hook_names[label] = metadata.hook_name
     return record
 
@@ -223,11 +217,7 @@ def _level_widths(sae: SAE[Any], levels: Sequence[int] | None, label: str) -> li
 def _merge_settings(
     record: Record, evaluations: Sequence[str], settings: Settings, out: Path
 ) -> list[str]:
-    """Record the settings of a run; they may change only before an evaluation has results.
-
-    Returns:
-        The evaluations whose settings changed.
-    """
+    """Record the settings, and return the evaluations without results whose settings changed."""
 
     def has_results(evaluation: str) -> bool:
         return any((out / evaluation).rglob("*_eval_results.json"))
@@ -243,12 +233,10 @@ def _merge_settings(
         if known == values:
             continue
         if has_results(evaluation):
-            changed = [n for n in sorted({*known, *values}) if known.get(n) != values.get(n)]
-            raise ValueError(
-                f"out={str(out)!r} holds results of {evaluation} with other settings "
-                f"({', '.join(f'{n}={known[n]!r}' if n in known else n for n in changed)}): give "
-                "another folder."
-            )
+            names = [n for n in sorted({*known, *values}) if known.get(n) != values.get(n)]
+            changed = ", ".join(f"{n}={known[n]!r}" if n in known else n for n in names)
+            content = f"results of {evaluation} with other settings ({changed})"
+            raise other_folder_needed(out, content)
         record.settings[evaluation] = values
         outdated.append(evaluation)
     return outdated
@@ -277,28 +265,28 @@ def _run_locked(plan: Plan) -> Record:
         shutil.rmtree(plan.out / _CACHE / evaluation, ignore_errors=True)
     n_seeds = {e: plan.n_seeds if EVALUATIONS[e].is_random else 1 for e in plan.evaluations}
     asked = {candidate.key for candidate in plan.candidates}
+    n_done = 0
     with tqdm(total=sum(n_seeds.values()) * len(asked), unit="result", mininterval=1) as progress:
-        start = 0
+
+        def show(n: int) -> None:
+            progress.n = n_done + n
+            progress.update(0)  # redraws at most once per mininterval
+
         for evaluation in plan.evaluations:
-            known = record.not_run.get(evaluation, {})
-            reasons = {key: reason for key, reason in known.items() if key not in asked}
+            reasons = record.not_run.get(evaluation, {})
+            reasons = {key: reason for key, reason in reasons.items() if key not in asked}
+            is_hopeless = False
             for seed in range(n_seeds[evaluation]):
-                progress.set_description(f"{evaluation}, seed {seed}")
-                show = partial(_show, progress, start + seed * len(asked))
-                failed = _run_round(plan, evaluation, seed, show)
-                reasons |= failed
-                record.not_run[evaluation] = reasons
-                record.write(plan.out)
-                if asked <= failed.keys():
-                    break  # what no SAE could do with one seed, none will with another
-            start += n_seeds[evaluation] * len(asked)
-            _show(progress, start, 0)
+                if not is_hopeless:
+                    progress.set_description(f"{evaluation}, seed {seed}")
+                    failed = _run_round(plan, evaluation, seed, show)
+                    reasons |= failed
+                    record.not_run[evaluation] = reasons
+                    record.write(plan.out)
+                    is_hopeless = asked <= failed.keys()  # with any seed
+                n_done += len(asked)
+                show(0)
     return record
-
-
-def _show(progress: tqdm, before: int, n: int) -> None:
-    progress.n = before + n
-    progress.update(0)  # redraws at most once per mininterval
 
 
 def _run_round(

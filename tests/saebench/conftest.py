@@ -14,6 +14,7 @@ import pytest
 
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.demo import corpus
+from sae_lens_matryoshka.saebench.evaluations import installed
 from tests.conftest import HUB
 from tests.saebench.data_sets import data_sets
 from tests.saebench.saes import REPOSITORY, write_saes
@@ -107,8 +108,21 @@ def saes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
+def artifacts(folder: Path) -> dict[Path, int]:
+    """The files that SAEBench cached in a folder, and when."""
+    return {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("*")}
+
+
 @pytest.fixture(scope="session")
-def everything(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Output:
+def installed_artifacts() -> dict[Path, int]:
+    """What the installed SAEBench had cached before the tests ran."""
+    return artifacts(installed())
+
+
+@pytest.fixture(scope="session")
+def everything(
+    saes: Path, installed_artifacts: dict[Path, int], tmp_path_factory: pytest.TempPathFactory
+) -> Output:
     """Every evaluation on the trained SAE, its second level and the two that bracket it."""
     return run_eval(
         tmp_path_factory.mktemp("runs") / "everything",

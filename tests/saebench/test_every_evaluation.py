@@ -12,7 +12,7 @@ from matplotlib import image
 from pydantic import TypeAdapter
 
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS, installed, result_file
-from tests.saebench.conftest import SETTINGS, Output
+from tests.saebench.conftest import SETTINGS, Output, artifacts
 
 LEVEL, TRAINED, RANDOM, IDENTITY = "trained, first 24", "trained", "random", "identity"
 KEYS = {
@@ -96,7 +96,7 @@ def test_meta_structure(everything: Output) -> None:
 
 def test_results_are_valid_under_the_schemas_of_saebench(everything: Output) -> None:
     for evaluation in SETTINGS:
-        module = EVALUATIONS[evaluation].module
+        module = EVALUATIONS[evaluation].module or evaluation
         schemas = [
             json.loads(file.read_text())
             for file in (installed() / "evals" / module).glob("eval_output_schema_*.json")
@@ -148,12 +148,14 @@ def test_what_needs_an_account_is_listed_as_not_run(everything: Output) -> None:
     assert "Not run: autointerp: needs an OpenAI account" in table
 
 
-def test_levels_share_what_depends_on_the_model(everything: Output) -> None:
+def test_levels_share_what_depends_on_the_model(
+    installed_artifacts: dict[Path, int], everything: Output
+) -> None:
     assert {
         evaluation: len(runs) for evaluation, runs in everything.summary["seconds"].items()
     } == dict.fromkeys(SETTINGS, 1)
     kept = everything.out / ".saebench"
     assert len(list(kept.glob("absorption/**/probe.pth"))) == 1
     assert len(list(kept.glob("sparse_probing/**/*_activations.pt"))) == 1
-    assert not (installed() / "artifacts").exists(), "nothing is kept in the installation"
-    assert not Path("artifacts").exists(), "nor where the command was given"
+    assert artifacts(installed()) == installed_artifacts, "nothing is cached in the installation"
+    assert not Path("artifacts").exists(), "nor in the current directory"

@@ -13,7 +13,8 @@ from filelock import FileLock
 
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.saebench import evaluations as saebench
+from sae_lens_matryoshka.saebench import evaluations, process, suite
+from sae_lens_matryoshka.saebench.records import Job
 from tests.saebench.conftest import MODEL, flags, run_eval
 
 META = flags("meta_structure")
@@ -24,7 +25,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(saebench.subprocess, "Popen", refuse)
+    monkeypatch.setattr(process.subprocess, "Popen", refuse)
 
 
 def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
@@ -39,11 +40,15 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
     ("words", "said"),
     [
         (["trained", "--evals", "absorpton"], "'absorpton' is not an evaluation; accepted: absor"),
-        (["trained", "--evals", "core,tpp", "--scr.n_values=[2]"], "scr has settings and is not"),
-        (["trained", "--core.datset", "x"], "core.datset is not a setting of SAEBench; did you"),
+        (
+            ["trained", "--evals", "core,tpp", "--scr.n_values=[2]"],
+            "scr has settings but is not",
+        ),
+        (["trained", "--core.datset", "x"], "core.datset is not a setting of SAEBench; accepted: "),
+        (["trained", "--core.datset", "x"], "verbose; did you mean dataset"),
         (["trained", "--core.context_size=lots"], "core.context_size='lots' is not accepted: Inp"),
-        (["trained", "--core.model_name=gpt2"], "core.model_name is not to be set"),
-        (["trained", "--scr.perform_scr=false"], "scr.perform_scr is not to be set: scr and tpp"),
+        (["trained", "--core.model_name=gpt2"], "core.model_name can't be set: the SAE"),
+        (["trained", "--scr.perform_scr=false"], "scr.perform_scr can't be set: scr and tpp"),
         (
             ["trained", "--tpp.dataset_names=[]"],
             "tpp.dataset_names=[] is not accepted: give a list",
@@ -55,24 +60,28 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
         ),
         (["trained", "--core.dataset=../x"], "core.dataset='../x' is not accepted: give an absolu"),
         (["trained", "--core.dataset=/no/x"], "core.dataset='/no/x' does not exist."),
-        (["trained", "--device", "foo"], "device='foo' is not accepted: give cpu, cuda or cuda:N"),
-        (["trained", "--device", "cuda"], "device='cuda' is not accepted: PyTorch sees no CUDA"),
+        (["trained", "--device", "foo"], "device='foo' is not accepted: give cpu"),
+        (
+            ["trained", "--device", "cuda"],
+            "device='cuda' is not accepted: give cpu: PyTorch",
+        ),
         (["trained", "--model", "gpt99"], "TransformerLens does not know the model 'gpt99'"),
-        (["trained", "--against", "trained"], "is to be evaluated against itself: give another."),
+        (["trained", "--against", "trained"], "would be compared with itself: give another."),
         (["nothing", "--seeds", "0", "--dry-run"], "n_seeds=0 is not accepted"),
         (["nothing", "--model", "gpt99", "--dry-run"], "does not know the model 'gpt99'"),
-        (["trained", "--core.dataset"], "--core.dataset lacks a value."),
-        (["trained", "--sedes", "3"], "'--sedes' is not an option"),
+        (["trained", "--core.dataset"], "--core.dataset needs a value."),
+        (["trained", "--sedes", "3"], "--sedes is not an option of sae-matryoshka eval"),
+        (["trained", "--core.dataset", "x", "y"], "'y' is not an option"),
         (
             ["trained", "--levels", "6"],
             "levels=6 is not accepted: trained has the levels 1 to 5, of",
         ),
         (["trained", "--levels", "one"], "'one' is not accepted: give all, or numbers"),
         (["random", "--levels", "1"], "has no level widths"),
-        (["trained", "--seeds", "0"], "n_seeds=0 is not accepted: give 1 or more."),
+        (["trained", "--seeds", "0"], "n_seeds=0 is not accepted: give a positive integer."),
         (
             ["traned"],
-            "traned'; to load from the Hub, give an SAE's id as well; did you mean 'trained'?",
+            "traned'; to load from the Hub, give an SAE's id as well; did you mean trained?",
         ),
         (["no-release:blocks.1"], "'no-release' is neither a release of SAELens nor a repository"),
         (
@@ -93,7 +102,7 @@ def test_mistakes(tmp_path: Path, words: list[str], said: str) -> None:
         ({"hook_name": "model.layers.1"}, "hook_name='model.layers.1': give a hook in one"),
         ({"hook_name": "blocks.1.mlp.hook_post"}, "has d_in=128, and blocks.1.mlp.hook_post of "),
         ({"model_name": "pythia-70m-deduplicated"}, "did you mean pythia-70m-deduped"),
-        ({"model_name": None}, "does not say its model: give --model."),
+        ({"model_name": None}, "names no model: give --model."),
     ],
 )
 def test_an_sae_that_does_not_fit_its_model(
@@ -117,14 +126,11 @@ def test_a_folder_with_other_results(tmp_path: Path) -> None:
 def test_a_folder_with_results_of_another_sae(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae_lens_matryoshka.saebench import suite
-
-    def write_results(job: saebench.Job, *args: object) -> tuple[dict[str, str], float]:
+    def write_results(job: Job, *args: object) -> tuple[dict[str, str], float]:
         job.out.mkdir(parents=True, exist_ok=True)
         metrics = {"meta_structure": {"decoder_fraction_variance_explained": 0.5}}
-        for fields in job.candidates:
-            key = saebench.Candidate(**fields).key
-            job.result(key).write_text(json.dumps({"eval_result_metrics": metrics}))
+        for candidate in job.candidates:
+            job.result(candidate.key).write_text(json.dumps({"eval_result_metrics": metrics}))
         return {}, 1.0
 
     monkeypatch.setattr(suite, "run_job", write_results)
@@ -165,11 +171,9 @@ def test_a_folder_with_results_of_another_sae(
 def test_settings_may_change_before_there_is_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae_lens_matryoshka.saebench import suite
-
     kept = tmp_path / "out" / ".saebench" / "core" / "seed_0" / "old"
 
-    def fail(job: saebench.Job, *args: object) -> tuple[dict[str, str], float]:
+    def fail(job: Job, *args: object) -> tuple[dict[str, str], float]:
         assert not kept.exists(), "what was made with the old settings is not used again"
         return {"identity_width_256": "no such data set"}, 1.0
 
@@ -186,7 +190,6 @@ def test_widths_are_those_of_the_saes_and_not_of_baselines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sae_lens_matryoshka.levels.slicing import truncate
-    from sae_lens_matryoshka.saebench import suite
 
     monkeypatch.setattr(suite, "run_job", lambda *args: ({}, 0.0))
     truncate(load_sae("trained"), 100).save_model(tmp_path / "narrow")
@@ -202,13 +205,11 @@ def test_widths_are_those_of_the_saes_and_not_of_baselines(
 def test_a_result_without_numbers_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sae_lens_matryoshka.saebench import suite
-
     monkeypatch.setattr(suite, "run_job", lambda *args: ({}, 0.0))
     out = run_eval(tmp_path / "out", "random", "--seeds", "1", *META)
     assert out.code == 1
     assert [row["reason"] for row in out.summary["not_run"]] == [
-        "the result has none of the numbers that are shown"
+        "the result has none of the numbers that tables show"
     ]
 
 
@@ -223,11 +224,13 @@ def test_a_damaged_record(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for content in ('{"model_name": "m", "candi', '{"model_name": "m", "candidates": [], "x": 1}'):
         (tmp_path / "out" / "evaluated.json").write_text(content)
-        assert "evaluated.json is no record of evaluations: " in refusal(tmp_path, "random", *META)
+        assert "evaluated.json is not a record of evaluations: " in refusal(
+            tmp_path, "random", *META
+        )
 
 
 def test_without_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saebench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluations.importlib.util, "find_spec", lambda name: None)
     said = refusal(tmp_path, "trained", "--evals", "absorption")
     assert "pip install 'sae-lens-matryoshka[eval]'" in said
 
@@ -242,7 +245,7 @@ def test_dry_run_checks_what_is_here_and_names_the_rest(
     lines = capsys.readouterr().out.splitlines()
     assert "nothing-yet: not there yet" in lines
     assert any(line.startswith(f"{release}: ") and "not downloaded" in line for line in lines)
-    assert "trained, first 8: blocks.1.hook_resid_post, there" in lines
-    assert "random: blocks.1.hook_resid_post, there" in lines
+    assert "trained, first 8: blocks.1.hook_resid_post, found" in lines
+    assert "random: blocks.1.hook_resid_post, found" in lines
     assert not (tmp_path / "out").exists()
     assert "levels=9" in refusal(tmp_path, "trained", "--levels", "9", "--dry-run")

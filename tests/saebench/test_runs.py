@@ -1,4 +1,4 @@
-"""How `eval` goes on: after a crash, past what can't be evaluated, with the same numbers."""
+"""How `eval` resumes after a crash, continues past failures, and reproduces its numbers."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def test_a_killed_run_loses_only_what_was_in_progress(tmp_path: Path) -> None:
     assert finished.stat().st_mtime_ns == before
     table = (out / "table.md").read_text()
     assert "| trained | 8 | 0." in table, "there is a report on what is finished"
-    assert "Stopped before all was run: give the same command again to go on." in table
+    assert "Stopped before everything was run: run the same command to resume." in table
 
 
-def test_what_saebench_can_not_do_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_what_saebench_can_not_do_is_reported_and_the_rest_runs(tmp_path: Path) -> None:
     sae = load_sae("identity")
     sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
     sae.save_model(tmp_path / "before")
@@ -140,10 +140,10 @@ def test_what_saebench_can_not_do_is_told_and_the_rest_goes_on(tmp_path: Path) -
     assert out.code == 1
     reasons = {row["sae"]: row["reason"] for row in out.summary["not_run"]}
     assert reasons == {
-        "trained, first 8": "asks for 10 latents or more, and this level has 8",
+        "trained, first 8": "needs at least 10 latents, and this level has 8",
         "trained, first 24": "linear probes find 26 of 26 first letters in this model (F1 above "
         "0.6), and SAEBench asks for 27",
-        "before": "reads blocks.1.hook_resid_post, and this SAE is of blocks.1.hook_resid_pre",
+        "before": "reads blocks.1.hook_resid_post, and this SAE reads blocks.1.hook_resid_pre",
     }
     assert {row["evaluation"] for row in out.summary["not_run"]} == {"absorption"}
     assert [s["evaluation"] for s in out.summary["scores"]] == ["meta_structure"] * 3

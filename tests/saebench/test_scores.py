@@ -10,21 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.saebench.candidates import Candidate, fingerprint, labels
+from sae_lens_matryoshka.saebench.candidates import fingerprint, labels
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS
+from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.saebench.scores import (
     Score,
     are_apart,
     comparisons,
-    l0_of,
+    l0_by_key,
     read_scores,
     write_summary,
 )
-from sae_lens_matryoshka.saebench.suite import Record
 
-OURS = Candidate("ours", ["ours"], 64, 64)
-LEVEL = OURS._replace(width=16)
-BASE = Candidate("base", ["base"], 64, 64, is_baseline=True)
+OURS = Candidate(label="ours", source=("ours",), width=64, d_sae=64)
+LEVEL = OURS.model_copy(update={"width": 16})
+BASE = Candidate(label="base", source=("base",), width=64, d_sae=64, is_baseline=True)
+WRITTEN_BEFORE = Path(__file__).parents[1] / "written_before" / "eval"
 RAVEL = EVALUATIONS["ravel"].metrics[0]
 seeds_of_values = st.lists(st.floats(-1, 1), min_size=2, max_size=6).map(
     lambda values: dict(enumerate(values))
@@ -80,7 +81,7 @@ def test_only_what_is_apart_is_ranked() -> None:
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     record = Record(
-        "m",
+        model_name="m",
         fingerprints={"ours": "f"},
         candidates=[OURS],
         settings={"absorption": {}, "core": {}},
@@ -100,10 +101,25 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
         ("absorption", {1: 0.5}),
         ("core", {0: 12.5}),
     ]
-    assert l0_of(scores, OURS) == 12.5
-    assert l0_of(scores, LEVEL) is None
+    assert l0_by_key(scores) == {OURS.key: 12.5}
     write_summary(record, scores, tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["saes"][0]["l0"] == 12.5
+
+
+def test_a_folder_that_an_earlier_version_wrote(tmp_path: Path) -> None:
+    """Made by version 746ea28, except for the details that were cut from SAEBench's files."""
+    record = Record.read(WRITTEN_BEFORE)
+    assert record is not None
+    record.write(tmp_path)
+    before, after = (
+        json.loads((folder / "evaluated.json").read_text()) for folder in (WRITTEN_BEFORE, tmp_path)
+    )
+    assert after == before
+    write_summary(record, read_scores(record, WRITTEN_BEFORE), tmp_path)
+    before, after = (
+        json.loads((folder / "summary.json").read_text()) for folder in (WRITTEN_BEFORE, tmp_path)
+    )
+    assert after == before
 
 
 def test_labels_are_short_and_unique(tmp_path: Path) -> None:
@@ -115,8 +131,8 @@ def test_labels_are_short_and_unique(tmp_path: Path) -> None:
         "release:id/x",
     ]
     assert labels([[str(tmp_path / "new" / "sae")]], taken=["sae"]) == ["new/sae"]
-    key = Candidate("release:id/x", ["release", "id/x"], 8, 64).key
-    assert key == "release_id_x_width_8"
+    hub = Candidate(label="release:id/x", source=("release", "id/x"), width=8, d_sae=64)
+    assert hub.key == "release_id_x_width_8"
 
 
 def test_fingerprint_is_of_the_weights(saes: Path) -> None:
