@@ -8,7 +8,7 @@ when they are first used, so that the command line answers quickly.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_matryoshka.util.on_import import when_imported
+import wrapt
 
 if TYPE_CHECKING:
     from sae_lens_matryoshka.hub.load import load_sae
@@ -66,10 +66,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register() -> None:
+@wrapt.when_imported("sae_lens")
+def _register(sae_lens: Any) -> None:
     from sae_lens_matryoshka.training.registration import register_architectures
 
     register_architectures()
-
-
-when_imported("sae_lens", _register)

@@ -1,4 +1,4 @@
 """Training SAEs with the nested objective: configs, the objective, a file for each architecture."""
 
-# Before any module here, so that the architectures can be registered as soon as SAELens is imported.
+# Importing SAELens registers the architectures, which has to come before any module here.
 import sae_lens  # noqa: F401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -11,7 +11,6 @@ from sae_lens import (
     SAEConfig,
     TopKTrainingSAEConfig,
 )
-from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
@@ -56,9 +55,6 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     @override
     def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
-        self.check_nested_options()
-        self.check_k(is_whole=False)
         if self.topk_threshold_start_step is not None:
             self.topk_threshold_start_step = checked_count(
                 "topk_threshold_start_step", self.topk_threshold_start_step, 0
@@ -73,8 +69,6 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
                     "it only together with prefix_sampling='fixed': runs with sampled prefixes are "
                     "not monitored; `sae-matryoshka levels --diagnose` judges their SAE",
                 )
-        if self.normalizes_per_row:
-            _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
         super().__post_init__()
 
     @classmethod
@@ -118,19 +112,12 @@ class MatryoshkaTopKTrainingSAEConfig(NestedOptions, SparsitySchedule, TopKTrain
     is rounded to an integer. Saved, it is a TopK SAE of SAELens.
     """
 
+    k_is_integer: ClassVar[bool] = True
+
     @override
     @classmethod
     def architecture(cls) -> str:
         return "matryoshka_topk"
-
-    @override
-    def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
-        self.check_nested_options()
-        self.check_k(is_whole=True)
-        if self.normalizes_per_row:
-            _check_no_auxiliary_loss(self.normalize_activations, self.aux_loss_coefficient)
-        super().__post_init__()
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -151,25 +138,5 @@ class MatryoshkaJumpReLUTrainingSAEConfig(NestedOptions, JumpReLUTrainingSAEConf
         return "matryoshka_jumprelu"
 
     @override
-    def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
-        self.check_nested_options()
-        super().__post_init__()
-
-    @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         return JumpReLUSAEConfig
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPE_MAP:
-        raise invalid_option("dtype", dtype, f"one of {', '.join(DTYPE_MAP)}")
-
-
-def _check_no_auxiliary_loss(normalization: str, coefficient: float) -> None:
-    if coefficient != 0:
-        raise ValueError(
-            f"normalize_activations={normalization!r} is not accepted together with "
-            f"aux_loss_coefficient={coefficient}: SAELens' auxiliary loss takes 'none', "
-            "'expected_average_only_in' or 'covariance_whitening', or set aux_loss_coefficient=0."
-        )

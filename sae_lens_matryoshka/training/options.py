@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from sae_lens import TrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 from simple_parsing import field as command_line_field  # takes a list on SAELens' command line
+from typing_extensions import override
 
 from sae_lens_matryoshka.kernels.dispatch import Implementation
 from sae_lens_matryoshka.kernels.sums import StopGradient
@@ -106,12 +107,15 @@ class NestedOptions(TrainingSAEConfig):
     CUDA kernels, for parameters of at most 32 bits. "auto" takes "triton" on CUDA where Triton is
     installed, else "sparse", or "reference" where neither applies."""
 
-    def check_nested_options(self) -> None:
-        """Check the options, and fill in those that were left out.
+    @override
+    def __post_init__(self) -> None:
+        self._check_options()
+        super().__post_init__()
 
-        Raises:
-            ValueError: naming the field, its value and what is accepted.
-        """
+    def _check_options(self) -> None:
+        """Check the options, and fill in those that were left out."""
+        if self.dtype not in DTYPE_MAP:
+            raise invalid_option("dtype", self.dtype, f"one of {', '.join(DTYPE_MAP)}")
         for name in ("d_in", "d_sae"):
             setattr(self, name, checked_count(name, getattr(self, name), 1))
         for name, choices in (
@@ -138,11 +142,8 @@ class NestedOptions(TrainingSAEConfig):
                 f"dtype 'float32' or 'float64' with it: dtype={self.dtype!r} is too coarse for how "
                 "often latents fire",
             )
-        if self.implementation in ("sparse", "triton") and self.normalizes_per_row:
-            raise ValueError(
-                f"implementation={self.implementation!r} is not accepted together with "
-                f"normalize_activations={self.normalize_activations!r}: give 'auto' or 'reference'."
-            )
+        if self.normalizes_per_row:
+            self._check_normalization()
         if self.implementation == "triton":
             self._check_triton()
 
@@ -216,6 +217,21 @@ class NestedOptions(TrainingSAEConfig):
                 self.inner_weight_end,
                 "it only together with inner_fade_start or inner_fade_steps; level_weights are for "
                 "the whole run",
+            )
+
+    def _check_normalization(self) -> None:
+        coefficient = getattr(self, "aux_loss_coefficient", 0)  # JumpReLU has none
+        if coefficient != 0:
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r} is not accepted together "
+                f"with aux_loss_coefficient={coefficient}: SAELens' auxiliary loss takes 'none', "
+                "'expected_average_only_in' or 'covariance_whitening', or set "
+                "aux_loss_coefficient=0."
+            )
+        if self.implementation in ("sparse", "triton"):
+            raise ValueError(
+                f"implementation={self.implementation!r} is not accepted together with "
+                f"normalize_activations={self.normalize_activations!r}: give 'auto' or 'reference'."
             )
 
     def _check_triton(self) -> None:

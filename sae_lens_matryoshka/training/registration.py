@@ -1,4 +1,4 @@
-"""Making SAELens know the architectures of this package."""
+"""Registers the architectures of this package with SAELens."""
 
 from __future__ import annotations
 

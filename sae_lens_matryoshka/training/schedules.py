@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sae_lens_matryoshka.util.checks import checked_count, checked_number, invalid_option
 
@@ -31,19 +31,19 @@ class SparsitySchedule:
     k_anneal_steps: int = 0
     """Steps over which k falls from `k_start` to `k`."""
 
-    def check_k(self, is_whole: bool) -> None:
-        """Check `k` and its schedule; `is_whole` where a fraction of a latent can't be active.
+    k_is_integer: ClassVar[bool] = False
 
-        Raises:
-            ValueError: naming the field, its value and what is accepted.
-        """
-        kind = "an integer" if is_whole else "a number"
+    def __post_init__(self) -> None:
+        self._check_k()
+        super().__post_init__()  # type: ignore[misc]
+
+    def _check_k(self) -> None:
+        kind = "an integer" if self.k_is_integer else "a number"
         accepted = f"{kind} above 0 and at most d_sae={self.d_sae}"
-        is_int = is_whole or isinstance(self.k, numbers.Integral)
         k = checked_number("k", self.k, accepted, above=0, most=self.d_sae)
-        if is_whole and k % 1:
+        if self.k_is_integer and k % 1:
             raise invalid_option("k", self.k, accepted)
-        self.k = int(k) if is_int else k
+        self.k = int(k) if self.k_is_integer or isinstance(self.k, numbers.Integral) else k
         self.k_anneal_steps = checked_count("k_anneal_steps", self.k_anneal_steps, 0)
         if self.k_start is None:
             if self.k_anneal_steps:

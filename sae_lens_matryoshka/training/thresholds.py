@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 from sae_lens import SAE, JumpReLUSAE
+
+from sae_lens_matryoshka.util.checks import checked_number
 
 _CHUNK_ELEMENTS = 2**24  # of the scores that are in memory at once
 # What SAELens remembers of the last input, to undo its normalisation.
@@ -51,16 +52,9 @@ def calibrate_threshold(
                 + ("it is a level" if is_level else "its metadata holds no `k` of its training")
                 + ": give the mean number of latents that are to be active."
             )
-    if (
-        isinstance(l0, bool)
-        or not isinstance(l0, numbers.Real)
-        or not math.isfinite(l0)
-        or not 0 < float(l0) <= sae.cfg.d_sae
-    ):
-        raise ValueError(
-            f"l0={l0!r} is not accepted: give a number above 0 and at most d_sae={sae.cfg.d_sae}."
-        )
-    l0 = float(l0)
+    d_sae = sae.cfg.d_sae
+    accepted = f"a number above 0 and at most d_sae={d_sae}"
+    l0 = checked_number("l0", l0, accepted, above=0, most=d_sae)
     shape = tuple(activations.shape)
     d_in = math.prod(shape[-2:] if sae.hook_z_reshaping_mode else shape[-1:])
     if d_in != sae.cfg.d_in or activations.numel() == 0:

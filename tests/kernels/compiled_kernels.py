@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
 from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.training.prefixes import level_table
+from sae_lens_matryoshka.training.prefixes import level_of_latent
 from sae_lens_matryoshka.training.widths import paper_widths
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -76,9 +76,11 @@ def launches(
     latents = torch.arange(n) % d_sae
     values = torch.rand(n, dtype=torch.float32 if autocast else dtype)
     codes = Codes(torch.arange(n) // 10, latents, values, values, 0.0)
-    levels = level_table(tuple(widths), torch.device("cpu"))
+    levels = level_of_latent(tuple(widths), "cpu")
     _, layout = layout_triton.lay_out(codes, batch_size, levels, len(widths), True)
-    residuals, losses, sae_out = sums_triton.level_residuals(values, W_dec, x[0], x, layout, len(widths))
+    residuals, losses, sae_out = sums_triton.level_residuals(
+        values, W_dec, x[0], x, layout, len(widths)
+    )
     for stop_gradient in ("none", "all", "inner"):
         for grad_out in (None, sae_out):
             sums_triton.level_gradients(residuals, losses, grad_out, stop_gradient, W_dec, layout)

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import layout_triton
-from sae_lens_matryoshka.kernels import sums
+from sae_lens_matryoshka.kernels import layout, layout_triton
 from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.training.prefixes import level_of
+from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.devices import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -43,22 +42,20 @@ def assert_same_order(codes: Codes, batch: int, levels: torch.Tensor, *rest: Any
     is_sorted=st.booleans(),
 )
 @settings(max_examples=40)
-def test_as_sorting(
-    seed: int, batch: int, ends: set[int], share: float, is_sorted: bool
-) -> None:
+def test_as_sorting(seed: int, batch: int, ends: set[int], share: float, is_sorted: bool) -> None:
     torch.manual_seed(seed)
     prefixes = [*sorted(ends), 30]
     rows, latents = (torch.rand(batch, 30) < share).nonzero(as_tuple=True)
     values = torch.rand(len(rows))
     codes = Codes(rows.to(DEVICE), latents.to(DEVICE), values.to(DEVICE), values.to(DEVICE), 0.0)
-    places = torch.arange(30) if is_sorted else torch.randperm(30)
-    levels = level_of(places, prefixes).to(DEVICE)
+    rank = torch.arange(30) if is_sorted else torch.randperm(30)
+    levels = level_of_latent(tuple(prefixes), "cpu")[rank].to(DEVICE)
     assert_same_order(codes, batch, levels, len(prefixes), is_sorted)
 
 
 @pytest.mark.parametrize("n_valid", [0, 2, 5])
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_codes_that_fill_up_are_in_no_bag(n_valid: int, is_sorted: bool) -> None:
+def test_padding_is_in_no_bag(n_valid: int, is_sorted: bool) -> None:
     rows, latents = torch.tensor([0, 1, 1, 2, 2, 2, 2]), torch.tensor([4, 0, 3, 1, 5, 5, 5])
     rows[n_valid:], latents[n_valid:] = 2, 5
     values = torch.arange(7.0).flip(0)

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import sums
-from sae_lens_matryoshka.kernels import sums_triton
-from sae_lens_matryoshka.kernels.codes import Layout
-from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.training.prefixes import level_of
+from sae_lens_matryoshka.kernels import sums, sums_triton
+from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.layout import lay_out
+from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.devices import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +37,7 @@ class Case:
         keys = torch.randperm(batch * WIDTHS[-1])[:n].sort().values
         values = (torch.rand(n) + 0.1).to(dtype)
         codes = Codes(keys // WIDTHS[-1], keys % WIDTHS[-1], values, values, 0.0)
-        levels = level_of(torch.arange(WIDTHS[-1]), WIDTHS)
+        levels = level_of_latent(WIDTHS, "cpu")
         _, layout = lay_out(codes, batch, levels, len(WIDTHS), True)
         self.layout = Layout(*(tensor.to(DEVICE) for tensor in layout))
         self.acts = values.to(DEVICE)

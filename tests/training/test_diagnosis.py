@@ -67,6 +67,7 @@ def train(
 ) -> tuple[MatryoshkaTrainingSAE, dict[str, str]]:
     """An SAE after two checks, and its warnings by the kinds that `diagnose` calls them."""
     monkeypatch.setattr(monitoring, "FIRST_CHECK", 500)
+    monkeypatch.setattr(monitoring, "OBSERVED_EVERY", 1)
     kinds: list[str] = []
 
     def recorded(measured: Measured) -> Any:
@@ -88,9 +89,9 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             silent = torch.where(dense(output.feature_acts).any(0), 0, silent + 1)
-    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert len(told) == len(kinds), "each kind is told once"
-    return sae, dict(zip(kinds, told, strict=True))
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(messages) == len(kinds), "each kind warns once"
+    return sae, dict(zip(kinds, messages, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def train(
 def test_healthy_runs_are_silent(
     features: Features, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, told = train(features, monkeypatch, baseline_explained_variance=0.95, **options)
-    assert told == {}
+    _, found = train(features, monkeypatch, baseline_explained_variance=0.95, **options)
+    assert found == {}
 
 
 @pytest.mark.parametrize(
-    ("kind", "telling", "features", "options"),
+    ("kind", "message", "features", "options"),
     [
         (
             "baseline",
@@ -149,16 +150,16 @@ def test_healthy_runs_are_silent(
         ),
     ],
 )
-def test_each_fault_is_told_alone(
+def test_each_fault_is_found_alone(
     kind: str,
-    telling: str,
+    message: str,
     features: Features,
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, told = train(features, monkeypatch, **{"d_sae": 20, **options})
-    assert list(told) == [kind]
-    assert re.search(telling, told[kind]), told[kind]
+    _, found = train(features, monkeypatch, **{"d_sae": 20, **options})
+    assert list(found) == [kind]
+    assert re.search(message, found[kind]), found[kind]
 
 
 HEALTHY = Measured(
@@ -266,7 +267,7 @@ def test_thresholds(kind: str, silent: dict[str, Any], found: dict[str, Any]) ->
     first_l0=st.floats(0.1, 2),
     dead=st.sets(st.integers(0, 7)),
 )
-def test_a_k_far_off_is_told_instead_of_what_it_does_to_levels(
+def test_a_k_far_off_is_found_instead_of_its_effect_on_levels(
     weak_score: float, weak_half: float, k: float, first_l0: float, dead: set[int]
 ) -> None:
     found = kinds(
@@ -297,23 +298,24 @@ def test_code_stats_are_those_of_sorted_scores(scores: list[float], n_repeats: i
     assert codes.firing_rates.tolist() == pytest.approx([count / 40 for count in counts])
 
 
-def test_scores_that_only_fill_up_are_not_weak_ones() -> None:
+def test_padding_is_no_weak_score() -> None:
     values = torch.linspace(1, 2, 100)
-    alone, filled_up = CodeStats(), CodeStats()
+    alone, padded = CodeStats(), CodeStats()
     alone.add(values, torch.arange(100) % 7, n_tokens=30, d_sae=8)
     zeros = torch.zeros(100)
     latents = torch.cat([torch.arange(100) % 7, torch.full((100,), 7)])
-    filled_up.add(torch.cat([values, zeros]), latents, n_tokens=30, d_sae=8)
-    assert torch.equal(filled_up.firing_rates, alone.firing_rates)
-    assert filled_up.weak_score >= alone.weak_score
-    assert filled_up.weak_half >= alone.weak_half
+    padded.add(torch.cat([values, zeros]), latents, n_tokens=30, d_sae=8)
+    assert torch.equal(padded.firing_rates, alone.firing_rates)
+    assert padded.weak_score >= alone.weak_score
+    assert padded.weak_half >= alone.weak_half
 
 
-def test_looks_after_doubling_steps_and_tells_each_kind_once(
+def test_checks_after_doubling_steps_and_warns_of_each_kind_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Measured] = []
     monkeypatch.setattr(monitoring, "FIRST_CHECK", 4)
+    monkeypatch.setattr(monitoring, "OBSERVED_EVERY", 1)
     monkeypatch.setattr(
         monitoring, "diagnose", lambda measured: seen.append(measured) or diagnose(measured)
     )
@@ -323,17 +325,18 @@ def test_looks_after_doubling_steps_and_tells_each_kind_once(
         )
     )
     x = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])  # of variance 1
-    looked, told = [], []
+    checks, warned = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(1, 20):
             before = len(caught), len(seen)
             loss = 0.5 if step <= 4 else 0.25
             scores, latents = torch.ones(2) * step, torch.tensor([1, 7])
-            monitor.observe(torch.tensor([0.75, loss]), scores, latents, x, step - 1)
-            looked += [step] * (len(seen) - before[1])
-            told += [step] * (len(caught) - before[0])
-    assert looked == [4, 8, 16]
+            if monitor.is_due(step - 1):
+                monitor.observe(torch.tensor([0.75, loss]), scores, latents, x, step - 1)
+            checks += [step] * (len(seen) - before[1])
+            warned += [step] * (len(caught) - before[0])
+    assert checks == [4, 8, 16]
     assert [measured.n_tokens for measured in seen] == [4, 8, 16]
     assert [measured.explained_variance for measured in seen] == [
         pytest.approx([0.25, 0.5]),
@@ -343,7 +346,7 @@ def test_looks_after_doubling_steps_and_tells_each_kind_once(
     assert [measured.l0 for measured in seen] == [[0.5, 1.0]] * 3
     assert [measured.baseline_explained_variance for measured in seen] == [None, 0.9, 0.9]
     assert [measured.expected_gain for measured in seen] == pytest.approx([0, 0.25, 0])
-    assert told == [4, 16], "k too large at once, the baseline when nothing is gained any more"
+    assert warned == [4, 16], "k too large at once, the baseline when nothing is gained any more"
     assert all(str(warning.message).startswith("After ") for warning in caught)
 
 
@@ -361,22 +364,31 @@ def test_counts_the_steps_of_the_run_and_waits_for_schedules(
     monkeypatch: pytest.MonkeyPatch, options: Any, first_step: int, checks: list[int]
 ) -> None:
     monkeypatch.setattr(monitoring, "FIRST_CHECK", 4)
+    monkeypatch.setattr(monitoring, "OBSERVED_EVERY", 1)
     seen: list[Measured] = []
     monkeypatch.setattr(monitoring, "diagnose", lambda measured: seen.append(measured) or [])
     cfg = MatryoshkaTrainingSAEConfig(d_in=3, d_sae=8, k=2, matryoshka_widths=[2, 8], **options)
     monitor = TrainingMonitor(cfg)
-    x, looked = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), []
+    x, done = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), []
     for step in range(first_step, 20):
         before = len(seen)
-        monitor.observe(torch.ones(2), torch.ones(2), torch.tensor([1, 7]), x, step)
-        looked += [step + 1] * (len(seen) - before)
-    assert looked == checks
+        if monitor.is_due(step):
+            monitor.observe(torch.ones(2), torch.ones(2), torch.tensor([1, 7]), x, step)
+        done += [step + 1] * (len(seen) - before)
+    assert done == checks
     assert {measured.k for measured in seen} == {2}
+
+
+def test_one_step_in_sixteen_of_the_latter_half_is_due() -> None:
+    cfg = MatryoshkaTrainingSAEConfig(d_in=3, d_sae=8, k=2, matryoshka_widths=[2, 8])
+    monitor = TrainingMonitor(cfg)
+    assert [step for step in range(4000) if monitor.is_due(step)] == list(range(2015, 4000, 16))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
 def test_changes_no_number(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitoring, "FIRST_CHECK", 2)
+    monkeypatch.setattr(monitoring, "OBSERVED_EVERY", 1)
     results = []
     for observes in (True, False):
         torch.manual_seed(0)
@@ -441,20 +453,20 @@ def test_command_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "telling"),
+    ("words", "message"),
     [
         ("--diagnose", "give --activations or --dataset"),
         ("--activations . --baseline .", "a baseline is for --diagnose"),
         ("--activations . --diagnose --baseline . --baseline-explained-variance 0.8", "give one"),
-        ("--activations . --diagnose --baseline nowhere", "'nowhere' is no folder"),
+        ("--activations . --diagnose --baseline nowhere", "'nowhere' is not a folder"),
         ("--activations . --diagnose --baseline-explained-variance 78", "=78.0 is not accepted"),
     ],
 )
-def test_words_that_are_refused(
-    words: str, telling: str, capsys: pytest.CaptureFixture[str]
+def test_bad_options_of_the_command(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["levels", "sae", *words.split()]) == 2
-    assert telling in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [0, 1.01, 78, float("nan"), True, "0.8"])

@@ -21,7 +21,7 @@ from sae_lens_matryoshka.levels.slicing import levels, truncate
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.training.latent_order import (
     level_order,
-    ranks_of,
+    rank_of,
     reorder_latents,
     update_rates,
 )
@@ -37,7 +37,7 @@ def test_order_and_ranks_are_inverse_and_stable(counts: list[int]) -> None:
     rates = torch.tensor(counts, dtype=torch.float32)
     order = level_order(rates)
     assert order.tolist() == sorted(range(len(counts)), key=lambda j: (-counts[j], j))
-    assert torch.equal(ranks_of(order)[order], torch.arange(len(counts)))
+    assert torch.equal(rank_of(order)[order], torch.arange(len(counts)))
 
 
 def test_rates_by_hand() -> None:

@@ -6,25 +6,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import sums
-from sae_lens_matryoshka.kernels.codes import Layout
-from sae_lens_matryoshka.kernels.codes import Codes
+from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.layout import lay_out
+from sae_lens_matryoshka.kernels.sums import sum_by_latent
 from sae_lens_matryoshka.training.objective import (
     auxiliary_loss,
-    decode_nested,
-    encode_selected,
-    reference_levels,
+    reference_losses,
     reference_reconstructions,
 )
-from sae_lens_matryoshka.training.prefixes import level_of
+from sae_lens_matryoshka.training.prefixes import level_of_latent
+from tests.training.sparse_objective import decode_nested, encode_kept
 
 WIDTHS = (3, 7, 12)
 BATCH, D_IN = 5, 4
-LEVELS = level_of(torch.arange(WIDTHS[-1]), WIDTHS)
+LEVELS = level_of_latent(WIDTHS, "cpu")
 
 
 def drawn_codes(seed: int, n: int) -> Codes:
-    """n non-zero codes at random places of a 5 × 12 matrix; rows and latents may stay empty."""
+    """n non-zero codes at random positions of a 5 × 12 matrix; rows and latents may stay empty."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randperm(BATCH * WIDTHS[-1], generator=generator)[:n].sort().values
     values = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
@@ -32,7 +31,7 @@ def drawn_codes(seed: int, n: int) -> Codes:
 
 
 def layout_of(codes: Codes) -> Layout:
-    return layout.lay_out(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
+    return lay_out(codes, BATCH, LEVELS, len(WIDTHS), True)[1]
 
 
 def parameters(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +53,8 @@ def test_nested_levels_equal_the_dense_formula(seed: int, n: int, n_dead: int) -
     dense.requires_grad_()
     acts = codes.pre_acts.clone().requires_grad_()
 
-    expected = reference_levels(reference_reconstructions(dense, W_dec, b_dec, WIDTHS), target)
+    reconstructions = reference_reconstructions(dense, W_dec, b_dec, WIDTHS)
+    expected = reference_losses(reconstructions, target)
     actual, dead_rows = decode_nested(
         acts, W_dec, b_dec, target, layout_of(codes), len(WIDTHS), dead
     )
@@ -88,7 +88,7 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
     dense = (raw - b_in) @ W_enc + b_enc
     kept = dense[codes.rows, codes.latents]
     x = (raw - b_in).detach()
-    acts, rows, biases = encode_selected(
+    acts, rows, biases = encode_kept(
         x,
         W_enc,
         b_enc,
@@ -114,18 +114,18 @@ def test_encoder_gradients_equal_the_dense_formula(seed: int, n: int, n_dead: in
 def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None:
     codes = drawn_codes(seed, n)
     layout = layout_of(codes)
-    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    positions = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
     assert layout.bags.tolist() == [
-        row * 3 + sum(latent >= width for width in WIDTHS) for row, latent in places
+        row * 3 + sum(latent >= width for width in WIDTHS) for row, latent in positions
     ]
     assert layout.bags.tolist() == sorted(layout.bags.tolist())
     assert layout.bag_starts.tolist() == [
         sum(bag < number for bag in layout.bags.tolist()) for number in range(BATCH * 3 + 1)
     ]
-    by_latent = sorted(range(n), key=lambda code: (places[code][1], code))
+    by_latent = sorted(range(n), key=lambda code: (positions[code][1], code))
     assert layout.by_latent.tolist() == by_latent
     assert layout.latent_starts.tolist() == [
-        sum(latent < number for _, latent in places) for number in range(WIDTHS[-1] + 1)
+        sum(latent < number for _, latent in positions) for number in range(WIDTHS[-1] + 1)
     ]
 
 
@@ -133,20 +133,22 @@ def test_layout_orders_the_codes_by_bag_and_by_latent(seed: int, n: int) -> None
 def test_codes_of_levels_in_any_order_are_put_in_order(seed: int, n: int) -> None:
     codes = drawn_codes(seed, n)
     levels = LEVELS[torch.randperm(WIDTHS[-1])]
-    ordered, layout = layout.lay_out(codes, BATCH, levels, len(WIDTHS), False)
-    places = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
-    expected = sorted(places, key=lambda place: (place[0], levels[place[1]].item(), place[1]))
+    ordered, layout = lay_out(codes, BATCH, levels, len(WIDTHS), False)
+    positions = list(zip(codes.rows.tolist(), codes.latents.tolist(), strict=True))
+    expected = sorted(
+        positions, key=lambda position: (position[0], levels[position[1]].item(), position[1])
+    )
     assert list(zip(ordered.rows.tolist(), ordered.latents.tolist(), strict=True)) == expected
     assert layout.bags.tolist() == [row * 3 + levels[latent].item() for row, latent in expected]
-    values = dict(zip(places, codes.scores.tolist(), strict=True))
-    assert ordered.scores.tolist() == [values[place] for place in expected]
+    values = dict(zip(positions, codes.scores.tolist(), strict=True))
+    assert ordered.scores.tolist() == [values[position] for position in expected]
 
 
 def test_backward_may_run_twice() -> None:
     codes = drawn_codes(0, 30)
     W_dec, b_dec, target = parameters(0)
     acts = codes.pre_acts.clone().requires_grad_()
-    levels, _ = decode_nested(acts, W_dec, b_dec, target, layout_of(codes), 3, torch.arange(0))
+    levels, _ = decode_nested(acts, W_dec, b_dec, target, layout_of(codes), 3)
     first = torch.autograd.grad(levels.losses.sum(), (acts, W_dec), retain_graph=True)
     second = torch.autograd.grad(levels.losses.sum(), (acts, W_dec))
     for one, other in zip(first, second, strict=True):
@@ -170,7 +172,7 @@ def test_sums_by_latent_equal_plain_loops(seed: int, n: int, dtype: torch.dtype)
     for latent, row, weight in zip(codes.latents, rows, weights.double(), strict=True):
         expected[latent] += weight * matrix[row].double()
         totals[latent] += weight
-    sums, sum_of_weights = sums.sum_by_latent(matrix, rows, weights, layout)
+    sums, sum_of_weights = sum_by_latent(matrix, rows, weights, layout)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(sums.double(), expected, rtol=10 * eps, atol=10 * eps)
     torch.testing.assert_close(sum_of_weights.double(), totals, rtol=10 * eps, atol=10 * eps)

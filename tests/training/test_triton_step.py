@@ -100,7 +100,7 @@ def len_of(options: dict[str, Any]) -> int:
     return options["matryoshka_widths"][-1]
 
 
-def test_codes_that_fill_up_change_nothing() -> None:
+def test_padding_changes_nothing() -> None:
     """Where fewer scores are above 0 than are to be kept."""
     torch.manual_seed(0)
     peer, ours = twins("triton", d_in=8, d_sae=32, matryoshka_widths=[8, 32], k=4, device=DEVICE)
@@ -215,13 +215,13 @@ def test_a_run_of_saelens_trainer() -> None:
 
 
 @pytest.mark.parametrize("latent_order", ["index", "frequency"])
-def test_feature_acts_hold_what_fills_up_as_zeros(latent_order: str) -> None:
+def test_padding_of_feature_acts_is_zero(latent_order: str) -> None:
     sae_class, config_class = get_sae_training_class("matryoshka")
     options = {"d_in": 8, "d_sae": 32, "k": 4, "device": DEVICE, "latent_order": latent_order}
     sae = sae_class(config_class(**options, implementation="triton"))
     with torch.no_grad():
         sae.b_enc.fill_(-1.0)
-        sae.b_enc[-1] = 5.0  # only the latent that stands for what fills up is active
+        sae.b_enc[-1] = 5.0  # only the latent of the padding is active
         sae.W_enc[:, -1] = 0.0
     acts = run_step(sae, torch.randn(6, 8, device=DEVICE) * 0.01, None).feature_acts
     assert acts._nnz() == 4 * 6
@@ -330,5 +330,5 @@ def test_config_names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="because Triton is not installed"):
         MatryoshkaTrainingSAEConfig(d_in=8, d_sae=32, k=2, implementation="triton")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"'triton' is not accepted beside dtype='float64'"):
+    with pytest.raises(ValueError, match=r"'triton' is not accepted together with dtype='float64'"):
         MatryoshkaTrainingSAEConfig(d_in=8, d_sae=32, k=2, implementation="triton", dtype="float64")

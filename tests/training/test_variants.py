@@ -28,11 +28,11 @@ from sae_lens_matryoshka import (
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
 )
-from sae_lens_matryoshka.kernels import sums
 from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.training.objective import decode_nested, mixing_matrix
-from sae_lens_matryoshka.training.prefixes import level_of
+from sae_lens_matryoshka.kernels.layout import lay_out
+from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.steps import dense, relative_error, run_step
+from tests.training.sparse_objective import decode_nested, mixing_matrix
 
 D_IN, D_SAE, BATCH = 6, 24, 17
 
@@ -153,7 +153,7 @@ def test_gradients_are_the_mixed_residuals(
     acts = values.clone().requires_grad_()
     W_dec = torch.randn(D_SAE, D_IN, dtype=torch.float64, requires_grad=True)
     b_dec = torch.randn(D_IN, dtype=torch.float64, requires_grad=True)
-    table = level_of(torch.arange(D_SAE), widths)
+    table = level_of_latent(tuple(widths), "cpu")
     _, layout = lay_out(codes, BATCH, table, len(widths), True)
     levels, _ = decode_nested(
         acts,
@@ -162,15 +162,14 @@ def test_gradients_are_the_mixed_residuals(
         torch.randn(BATCH, D_IN, dtype=torch.float64),
         layout,
         len(widths),
-        torch.empty(0, dtype=torch.long),
-        stop_gradient,
+        stop_gradient=stop_gradient,
     )
     (levels.losses * torch.tensor(weights, dtype=torch.float64)).sum().backward()
 
     M = mixing_matrix(weights, stop_gradient)
     assert torch.equal(M, M.triu())
     R = torch.einsum("gp,pbi->gbi", M, levels.residuals) * 2 / BATCH
-    per_code = R[level_of(codes.latents, widths).long(), codes.rows]
+    per_code = R[table[codes.latents].long(), codes.rows]
     expected = torch.zeros_like(W_dec)
     expected.index_add_(0, codes.latents, values[:, None] * per_code)
     torch.testing.assert_close(W_dec.grad, expected)
@@ -416,8 +415,8 @@ BAD = [
     ({"decoder_norm": "two"}, r"decoder_norm='two'.*'unit_at_update'"),
     ({"k_start": 3, "k_anneal_steps": 5}, r"k_start=3 .*from k=4.*to d_sae=16"),
     ({"k_start": 17, "k_anneal_steps": 5}, r"k_start=17 .*to d_sae=16"),
-    ({"k_start": 8}, r"k_start=8.*k_anneal_steps above 0"),
-    ({"k_anneal_steps": 8}, r"k_anneal_steps=8 .*beside a k_start"),
+    ({"k_start": 8}, r"k_start=8.*together with k_anneal_steps"),
+    ({"k_anneal_steps": 8}, r"k_anneal_steps=8 .*together with k_start"),
     ({"k_start": 8, "k_anneal_steps": -1}, r"k_anneal_steps=-1 .*0 or more"),
     ({"inner_weight_end": 1.5, "inner_fade_steps": 5}, r"inner_weight_end=1\.5 .*from 0 to 1"),
     ({"inner_weight_end": 0.5}, r"inner_weight_end=0\.5 .*inner_fade_start or inner_fade_steps"),
