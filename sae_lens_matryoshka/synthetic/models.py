@@ -26,7 +26,7 @@ from sae_lens.synthetic import (
 
 # The toy's features: each parent is followed by its children; the others are independent.
 TOY_PARENTS, TOY_CHILDREN = [0, 4, 8], 3
-_N_FEATURES = 20
+_N_FEATURES, _N_TREE = 20, 12
 _P_PARENT, _P_CHILD, _P_INDEPENDENT = 0.15, 0.2, 0.05
 
 
@@ -62,7 +62,8 @@ def toy_model(seed: int, device: str = "cpu") -> SyntheticModel:
     features = FeatureDictionary(_N_FEATURES, _N_FEATURES, initializer=None, device=device)
     features.feature_vectors.data = directions.to(device)
 
-    p = torch.full((_N_FEATURES,), _P_INDEPENDENT)  # `_with_children` draws the children anew
+    p = torch.full((_N_FEATURES,), _P_INDEPENDENT)
+    p[:_N_TREE] = 0  # `_with_children` draws the children; other values would shift the stream
     p[TOY_PARENTS] = _P_PARENT
     roots = [
         HierarchyNode(

@@ -13,6 +13,7 @@ from sae_lens_matryoshka.synthetic.models import (
     synthsaebench_model,
     toy_model,
 )
+from sae_lens_matryoshka.synthetic.randomness import Purpose, RandomStream
 
 PARENTS, CHILDREN, INDEPENDENT = [0, 4, 8], [1, 2, 3, 5, 6, 7, 9, 10, 11], list(range(12, 20))
 N = 400_000
@@ -43,6 +44,14 @@ def test_toy_children_exclude_each_other_and_need_their_parent(feature_acts):
         n_children = feature_acts[:, parent + 1 : parent + 4].sum(1)
         assert n_children.max() == 1
         assert (n_children <= feature_acts[:, parent]).all()
+
+
+def test_the_samples_of_a_seed_stay_the_same():
+    """Results in a folder and in docs/ can be repeated: the counts are those of version 0.1."""
+    with RandomStream(3, Purpose.SAMPLES).active():
+        _, feature_acts = toy_model(3).sample_with_features(2000)
+    tree = [316, 75, 53, 66, 296, 65, 50, 63, 279, 49, 46, 65]
+    assert feature_acts.sum(0).tolist() == [*tree, 90, 102, 117, 105, 100, 95, 94, 92]
 
 
 def test_toy_directions_are_orthogonal_and_depend_on_the_seed():
