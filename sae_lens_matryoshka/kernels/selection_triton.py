@@ -53,49 +53,23 @@ def select(
     if n_keep == 0:
         return Codes(rows, latents, scores, pre_acts, 0.0)
 
-    blocks_per_row = triton.cdiv(n_latents, _SCORES)
-    n_blocks = n_rows * blocks_per_row
+    matrix = _source(product, b_enc, norms, pre_dtype, score_dtype)
     capacity = min(_CAPACITY * n_keep, product.numel())
-    matrix: dict[str, Any] = {
-        "product_ptr": product,
-        "b_enc_ptr": b_enc,
-        "norms_ptr": norms if norms is not None else b_enc,
-        "n_latents": n_latents,
-        "blocks_per_row": blocks_per_row,
-        "n_blocks": n_blocks,
-        "HAS_NORMS": norms is not None,
-        "PRE": _DTYPES[pre_dtype],
-        "SCORE": _DTYPES[score_dtype],
-        "SCORES": _SCORES,
-    }
     if isinstance(floor, torch.Tensor):
         limit = floor.float().clamp(min=0).reshape(1).view(torch.int32)
     else:
         limit = torch.zeros(1, dtype=torch.int32, device=device)
     wanted = torch.empty(1, dtype=torch.int64, device=device)
     is_floor_wrong = torch.ones_like(limit)
-    grid = (min(n_blocks, _PROGRAMS),)
-
-    counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
-    _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, runs_ptr=is_floor_wrong)
+    counts = _counts(matrix, limit, is_floor_wrong)
     _judge_floor[(1,)](counts[0].sum(), limit, wanted, is_floor_wrong, n_keep, capacity)
-    for shift, n_values in _DIGITS:
-        histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
-        _histogram[grid](
-            **matrix,
-            limit_ptr=limit,
-            histogram_ptr=histogram,
-            runs_ptr=is_floor_wrong,
-            SHIFT=shift,
-            N_VALUES=n_values,
-        )
-        _find_digit[(1,)](limit, wanted, histogram, is_floor_wrong, shift, n_values)
-    _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, runs_ptr=is_floor_wrong)
+    _find_limit(matrix, limit, wanted, is_floor_wrong)
+    _counts(matrix, limit, is_floor_wrong, counts)
 
     keys = torch.zeros(capacity, dtype=torch.int32, device=device)
     flat_index = torch.empty(capacity, dtype=torch.int64, device=device)
     candidates = torch.empty(capacity, dtype=pre_dtype, device=device)
-    _pick_candidates[grid](
+    _pick_candidates[_grid(matrix)](
         **matrix,
         counts_ptr=counts,
         sums_ptr=counts.cumsum(1),
@@ -107,18 +81,13 @@ def select(
         capacity=capacity,
     )
 
+    # keys are scores' bits, so the candidates are a matrix of one row whose scores are its product
+    row = _source(keys.view(1, -1).view(torch.float32), None, None, torch.float32, torch.float32)
     cut, wanted, always = torch.zeros_like(limit), wanted.fill_(n_keep), torch.ones_like(limit)
-    n_blocks = triton.cdiv(capacity, _SCORES)
-    for shift, n_values in _DIGITS:
-        histogram = torch.zeros(n_values, dtype=torch.int64, device=device)
-        _histogram_keys[(min(n_blocks, _PROGRAMS),)](
-            keys, cut, histogram, capacity, n_blocks, shift, n_values, _SCORES
-        )
-        _find_digit[(1,)](cut, wanted, histogram, always, shift, n_values)
-    counts = torch.empty(2, n_blocks, dtype=torch.int64, device=device)
-    _count_keys[(n_blocks,)](keys, counts, cut, capacity, n_blocks, _SCORES)
+    _find_limit(row, cut, wanted, always)
+    counts = _counts(row, cut, always)
     n_valid = torch.empty((), dtype=torch.int64, device=device)
-    _pick_codes[(n_blocks,)](
+    _pick_codes[(row["n_blocks"],)](
         keys,
         flat_index,
         candidates,
@@ -131,7 +100,7 @@ def select(
         pre_acts,
         n_valid,
         capacity,
-        n_blocks,
+        row["n_blocks"],
         n_keep,
         n_rows,
         n_latents,
@@ -139,6 +108,65 @@ def select(
         _SCORES,
     )
     return Codes(rows, latents, scores, pre_acts, cut.view(torch.float32)[0], n_valid)
+
+
+def _source(
+    product: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    norms: torch.Tensor | None,
+    pre_dtype: torch.dtype,
+    score_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The arguments of `_keys_of`, and the number of blocks."""
+    n_rows, n_latents = product.shape
+    blocks_per_row = triton.cdiv(n_latents, _SCORES)
+    return {
+        "product_ptr": product,
+        "b_enc_ptr": product if b_enc is None else b_enc,
+        "norms_ptr": product if norms is None else norms,
+        "n_latents": n_latents,
+        "blocks_per_row": blocks_per_row,
+        "n_blocks": n_rows * blocks_per_row,
+        "HAS_BIAS": b_enc is not None,
+        "HAS_NORMS": norms is not None,
+        "PRE": _DTYPES[pre_dtype],
+        "SCORE": _DTYPES[score_dtype],
+        "SCORES": _SCORES,
+    }
+
+
+def _grid(source: dict[str, Any]) -> tuple[int]:
+    return (min(source["n_blocks"], _PROGRAMS),)
+
+
+def _counts(
+    source: dict[str, Any],
+    limit: torch.Tensor,
+    runs: torch.Tensor,
+    counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(2, n_blocks) scores of each block above the limit, and at it; `counts` if runs is 0."""
+    if counts is None:
+        counts = torch.empty(2, source["n_blocks"], dtype=torch.int64, device=limit.device)
+    _count[_grid(source)](**source, counts_ptr=counts, limit_ptr=limit, runs_ptr=runs)
+    return counts
+
+
+def _find_limit(
+    source: dict[str, Any], limit: torch.Tensor, wanted: torch.Tensor, runs: torch.Tensor
+) -> None:
+    """Set `limit` to the key of the `wanted`-th largest score, digit by digit, unless runs is 0."""
+    for shift, n_values in _DIGITS:
+        histogram = torch.zeros(n_values, dtype=torch.int64, device=limit.device)
+        _histogram[_grid(source)](
+            **source,
+            limit_ptr=limit,
+            histogram_ptr=histogram,
+            runs_ptr=runs,
+            SHIFT=shift,
+            N_VALUES=n_values,
+        )
+        _find_digit[(1,)](limit, wanted, histogram, runs, shift, n_values)
 
 
 @triton.jit
@@ -149,6 +177,7 @@ def _keys_of(
     block,
     n_latents,
     blocks_per_row,
+    HAS_BIAS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
@@ -160,26 +189,15 @@ def _keys_of(
     mask = latents < n_latents
     flat_index = row * n_latents + latents
     pre_acts = tl.load(product_ptr + flat_index, mask=mask, other=0.0).to(tl.float32)
-    pre_acts += tl.load(b_enc_ptr + latents, mask=mask, other=0.0).to(tl.float32)
-    pre_acts = rounded(pre_acts, PRE).to(tl.float32)
+    if HAS_BIAS:
+        pre_acts += tl.load(b_enc_ptr + latents, mask=mask, other=0.0).to(tl.float32)
+        pre_acts = rounded(pre_acts, PRE).to(tl.float32)
     scores = pre_acts
     if HAS_NORMS:
         scores *= tl.load(norms_ptr + latents, mask=mask, other=0.0).to(tl.float32)
         scores = rounded(scores, SCORE).to(tl.float32)
     keys = tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     return tl.where(mask, keys, 0), flat_index, pre_acts
-
-
-@triton.jit
-def _store_counts(
-    counts_ptr,  # (2, n_blocks) int64, written: keys of each block above the limit, and at it
-    block,
-    n_blocks,
-    keys,
-    limit,
-):
-    tl.store(counts_ptr + block, tl.sum((keys > limit).to(tl.int64), 0))
-    tl.store(counts_ptr + n_blocks + block, tl.sum((keys == limit).to(tl.int64), 0))
 
 
 @triton.jit
@@ -190,9 +208,10 @@ def _count(
     n_latents,
     blocks_per_row,
     n_blocks,
-    counts_ptr,  # (2, n_blocks) int64, written
+    counts_ptr,  # (2, n_blocks) int64, written: scores above the limit, and at it
     limit_ptr,  # (1,) int32 key
     runs_ptr,  # (1,) int32, 0 to return at once
+    HAS_BIAS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
@@ -210,29 +229,14 @@ def _count(
             block,
             n_latents,
             blocks_per_row,
+            HAS_BIAS,
             HAS_NORMS,
             PRE,
             SCORE,
             SCORES,
         )
-        _store_counts(counts_ptr, block, n_blocks, keys, limit)
-
-
-@triton.jit
-def _count_keys(
-    keys_ptr,  # (capacity,) int32
-    counts_ptr,  # (2, n_blocks) int64, written
-    limit_ptr,  # (1,) int32 key
-    capacity,
-    n_blocks,
-    SCORES: tl.constexpr,
-):
-    """As `_count`, over the candidates."""
-    block = tl.program_id(0)
-    slots = block * SCORES + tl.arange(0, SCORES)
-    # −1 is neither above a limit nor at it
-    keys = tl.load(keys_ptr + slots, mask=slots < capacity, other=-1)
-    _store_counts(counts_ptr, block, n_blocks, keys, tl.load(limit_ptr))
+        tl.store(counts_ptr + block, tl.sum((keys > limit).to(tl.int64), 0))
+        tl.store(counts_ptr + n_blocks + block, tl.sum((keys == limit).to(tl.int64), 0))
 
 
 @triton.jit
@@ -252,19 +256,6 @@ def _judge_floor(
 
 
 @triton.jit
-def _digits(keys, found, SHIFT: tl.constexpr, N_VALUES: tl.constexpr):
-    """The histogram of the next digit of those keys that share the digits found so far."""
-    digits = keys >> SHIFT
-    shared = keys > 0
-    if SHIFT < 20:
-        shared &= digits // N_VALUES == found // N_VALUES
-    # tl.histogram takes no mask: count the other keys as zeros and subtract them
-    n = tl.histogram(tl.where(shared, digits % N_VALUES, 0), N_VALUES)
-    n_others = tl.sum(tl.where(shared, 0, 1), 0)
-    return n - tl.where(tl.arange(0, N_VALUES) == 0, n_others, 0)
-
-
-@triton.jit
 def _histogram(
     product_ptr,  # (B, d_sae)
     b_enc_ptr,  # (d_sae,)
@@ -277,15 +268,17 @@ def _histogram(
     runs_ptr,  # (1,) int32, 0 to return at once
     SHIFT: tl.constexpr,
     N_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """The histogram of the next digit over the whole matrix."""
+    """The histogram of the next digit of the scores that share the digits found so far."""
     if tl.load(runs_ptr) == 0:
         return
     found = tl.load(limit_ptr) >> SHIFT
+    values = tl.arange(0, N_VALUES)
     n = tl.zeros((N_VALUES,), tl.int32)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
         keys, _, _ = _keys_of(
@@ -295,35 +288,19 @@ def _histogram(
             block,
             n_latents,
             blocks_per_row,
+            HAS_BIAS,
             HAS_NORMS,
             PRE,
             SCORE,
             SCORES,
         )
-        n += _digits(keys, found, SHIFT, N_VALUES)
-    values = tl.arange(0, N_VALUES)
-    tl.atomic_add(histogram_ptr + values, n.to(tl.int64), mask=n > 0, sem="relaxed")
-
-
-@triton.jit
-def _histogram_keys(
-    keys_ptr,  # (capacity,) int32
-    limit_ptr,  # (1,) int32 key, of the digits found so far
-    histogram_ptr,  # (N_VALUES,) int64, added to
-    capacity,
-    n_blocks,
-    SHIFT: tl.constexpr,
-    N_VALUES: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """The histogram of the next digit over the candidates."""
-    found = tl.load(limit_ptr) >> SHIFT
-    n = tl.zeros((N_VALUES,), tl.int32)
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        slots = block * SCORES + tl.arange(0, SCORES)
-        keys = tl.load(keys_ptr + slots, mask=slots < capacity, other=0)
-        n += _digits(keys, found, SHIFT, N_VALUES)
-    values = tl.arange(0, N_VALUES)
+        digits = keys >> SHIFT
+        shared = keys > 0
+        if SHIFT < 20:
+            shared &= digits // N_VALUES == found // N_VALUES
+        # tl.histogram takes no mask: count the other keys as zeros and subtract them
+        n += tl.histogram(tl.where(shared, digits % N_VALUES, 0), N_VALUES)
+        n -= tl.where(values == 0, tl.sum(tl.where(shared, 0, 1), 0), 0)
     tl.atomic_add(histogram_ptr + values, n.to(tl.int64), mask=n > 0, sem="relaxed")
 
 
@@ -399,6 +376,7 @@ def _pick_candidates(
     flat_index_ptr,  # (capacity,) int64, written: row * d_sae + latent
     candidates_ptr,  # (capacity,) pre-activations, written
     capacity,
+    HAS_BIAS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     PRE: tl.constexpr,
     SCORE: tl.constexpr,
@@ -414,6 +392,7 @@ def _pick_candidates(
                 block,
                 n_latents,
                 blocks_per_row,
+                HAS_BIAS,
                 HAS_NORMS,
                 PRE,
                 SCORE,

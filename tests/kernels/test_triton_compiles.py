@@ -11,11 +11,9 @@ import pytest
 
 KERNELS = {
     "_count",
-    "_count_keys",
     "_dot",
     "_find_digit",
     "_histogram",
-    "_histogram_keys",
     "_judge_floor",
     "_mix",
     "_pick_candidates",
