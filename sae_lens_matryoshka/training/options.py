@@ -1,6 +1,7 @@
 """The options of the nested objective, which every architecture of this package shares."""
 
-from __future__ import annotations
+# Not `from __future__ import annotations`: SAELens' command line (simple_parsing) would resolve the
+# annotations in the module of the subclass.
 
 import math
 from dataclasses import dataclass, field
