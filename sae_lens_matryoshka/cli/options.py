@@ -23,10 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of a subcommand, which suggests the nearest option for an unknown one."""
+    """The parser of a subcommand, which suggests similar options for an unknown one."""
 
     reads_words = False  # everything goes to `words`, for the command to parse
-    takes_fields = False  # what is no option goes to `fields`, such as --EVALUATION.FIELD VALUE
+    takes_fields = False  # other options go to `fields`, such as --EVALUATION.FIELD VALUE
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str], namespace: argparse.Namespace | None = None
@@ -41,7 +41,7 @@ class CommandParser(Parser):
             if not any(option.startswith(flag) for option in options):  # they may be abbreviated
                 hint = did_you_mean(flag, options)
                 raise ValueError(f"{flag} is not an option of {self.prog}{hint}")
-        parsed, others = super().parse_known_args(args, namespace)
+        parsed, others = super().parse_known_args(args, namespace or argparse.Namespace())
         if self.takes_fields:
             parsed.fields, others = others, []
         return parsed, others
@@ -70,12 +70,13 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def level_widths(text: str) -> list[int]:
+    """The type of --matryoshka-widths."""
+    return [int(width) for width in text.split(",")]
+
+
 def add_widths(parser: argparse.ArgumentParser) -> None:
-    """The option for level widths."""
-
-    def level_widths(text: str) -> list[int]:
-        return [int(width) for width in text.split(",")]
-
+    """Add the option for level widths."""
     parser.add_argument(
         "--matryoshka-widths",
         type=level_widths,
@@ -85,35 +86,26 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option for the device."""
+    """Add the option for the device."""
     parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """The options for loading an SAE, and for the activations to measure its levels on."""
+    """Add the options for loading an SAE, and for the activations to measure its levels on."""
     add_widths(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--activations",
         type=Path,
         metavar="PATH",
         help="a .npy, .pt or .safetensors file of activations (…, d_in), or a folder that SAELens' "
         "CacheActivationsRunner wrote",
     )
-    parser.add_argument(
-        "--dataset", help="a dataset of texts or tokens, to run through the SAE's model"
-    )
-    parser.add_argument("--model", help="the model's name, if the SAE's config has none")
-    for name, default, text in (
-        ("--n-batches", 10, "batches of prompts to run"),
-        ("--batch-size-prompts", 16, "prompts in each"),
-    ):
-        parser.add_argument(
-            name,
-            type=positive_integer,
-            default=default,
-            metavar="N",
-            help=f"{text} (default: {default})",
-        )
+    add("--dataset", help="a dataset of texts or tokens, to run through the SAE's model")
+    add("--model", help="the model's name, if the SAE's config has none")
+    count: dict[str, Any] = {"type": positive_integer, "metavar": "N"}
+    add("--n-batches", default=10, help="batches to run (default: %(default)s)", **count)
+    add("--batch-size-prompts", default=16, help="prompts in each (default: %(default)s)", **count)
     add_device(parser)
 
 

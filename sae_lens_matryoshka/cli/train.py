@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command's parser; its flags are fields of classes that depend on the flags."""
+    """Add the command's parser, which leaves all flags to `run`: the fields of the config."""
     parser: CommandParser = commands.add_parser(
         "train", help="train an SAE: train [CONFIG.yaml] [--dry-run] [--field value ...]"
     )
@@ -27,27 +27,20 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from sae_lens_matryoshka.runs.config import (
-        build_run_config,
-        merged,
-        overrides_of,
-        read_config,
-        sae_config_class,
-    )
+    from sae_lens_matryoshka.runs.config import build_run_config, read_config, sae_config_class
     from sae_lens_matryoshka.runs.dry_run import describe_run
     from sae_lens_matryoshka.runs.runner import check_resumable
 
     words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
     has_config = bool(words) and not words[0].startswith("-")
-    config = read_config(words[0]) if has_config else {}
+    values = read_config(words[0]) if has_config else {}
     flags = _flags(words[has_config:])
-    if architecture := flags.get("sae.architecture"):
-        config = merged(config, {"sae": {"architecture": " ".join(architecture)}})
-    sae_class = sae_config_class(config)
+    if architecture := flags.pop("sae.architecture", None):
+        values["sae.architecture"] = " ".join(architecture)
     if "--help" in args.words or "-h" in args.words:
-        _print_help(sae_class)
+        _print_help(sae_config_class(values))
         return 0
-    cfg = build_run_config(merged(config, overrides_of(flags, sae_class)))
+    cfg = build_run_config(values, flags)
     check_resumable(cfg)
     if "--dry-run" in args.words:
         print(describe_run(cfg))
@@ -56,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _flags(words: Sequence[str]) -> dict[str, list[str]]:
-    """The words behind each `--field`; of a field given twice, the last ones."""
+    """The words after each `--field`; the last ones of a field that is given twice."""
     flags: dict[str, list[str]] = {}
     values: list[str] | None = None
     for word in words:
@@ -76,7 +69,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
     from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
     from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 
-    torch.manual_seed(cfg.seed)  # SAELens has the field and never reads it
+    torch.manual_seed(cfg.seed)  # SAELens does not use cfg.seed
     try:
         MatryoshkaTrainingRunner(cfg).run()
     except TrainingInterrupted as stopped:
@@ -85,7 +78,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
             command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
             print(f"Resume with: {shlex.join(command)}", file=sys.stderr)
         return 128 + stopped.signum
-    except Exception:  # of the training itself, which one line would not explain
+    except Exception:  # one line would not explain what went wrong in a training
         traceback.print_exc()
         return 1
     if cfg.output_path is not None:
@@ -94,7 +87,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
 
 
 def _print_help(sae_class: type[TrainingSAEConfig]) -> None:
-    """Every field with its type, its default and what its class documents."""
+    """Print every field with its type, its default and its description."""
     import simple_parsing
     from sae_lens import LanguageModelSAERunnerConfig
 

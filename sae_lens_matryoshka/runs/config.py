@@ -1,8 +1,10 @@
-"""Training configs from YAML and flags; every mistake is named before a model is loaded."""
+"""Training configs from YAML and flags, fully checked before a model loads.
+
+Fields go by their dotted names here: `lr`, `sae.k`, `logger.log_to_wandb`.
+"""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +23,10 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
+from sae_lens_matryoshka.util.suggest import did_you_mean
 
 _SECTIONS = ("sae", "logger")
-# SAELens divides by these, or loops forever, if they are not positive.
+# SAELens divides by these, or loops forever, unless they are positive.
 _COUNTS = (
     "context_size",
     "n_batches_in_buffer",
@@ -35,6 +38,12 @@ _COUNTS = (
     "logger.eval_every_n_wandb_logs",
 )
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+# What pydantic words for JSON and Python, not for YAML
+_ACCEPTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "string_type": "text, in quotes if YAML reads it as another type",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,24 +64,24 @@ def load_run_config(
 
     Args:
         path: A file in the shape of `LanguageModelSAERunnerConfig.to_dict()`. Fields with a default
-            may be left out; `sae.architecture` too, which is "matryoshka" then.
+            may be left out; `sae.architecture` defaults to "matryoshka".
         overrides: Values in the same shape that replace those of the file.
 
     Raises:
         ValueError: the file cannot be read, or a field in it is unknown, missing or of the wrong
             type; naming the field, its value and what is accepted.
     """
-    return build_run_config(merged(read_config(path), overrides or {}))
+    return build_run_config(read_config(path) | flat(overrides or {}, "overrides"))
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file, its fields not yet checked.
+    """The fields in a YAML file, their values not yet checked.
 
     Raises:
         ValueError: the file cannot be read, is not YAML, or holds no mapping.
     """
     try:
-        config = read_yaml(Path(path).read_text(encoding="utf-8"))
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -80,63 +89,80 @@ def read_config(path: Path | str) -> dict[str, Any]:
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"{path}{line} is not YAML: {problem}.") from error
-    return _mapping(str(path), config)
+    return flat(config, str(path))
 
 
-def read_yaml(text: str) -> Any:
-    """The value that YAML text stands for."""
-    return yaml.load(text, _Loader)
+def flat(config: Any, name: str, prefix: str = "") -> dict[str, Any]:
+    """The fields of a nested config.
+
+    Args:
+        config: The config, or a section of it.
+        name: What errors call it.
+        prefix: What precedes its fields' names: "sae." in the section `sae`.
+
+    Raises:
+        ValueError: it is not a mapping, or has a dotted name itself.
+    """
+    if not isinstance(config, Mapping):
+        raise invalid_option(name, config, "a mapping of fields to values")
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        section, dot, field = str(key).partition(".")
+        if dot:
+            raise ValueError(f"{key} is not a field: nest it, {section}: {{{field}: …}}.")
+        if key in _SECTIONS and not prefix:
+            values |= flat({} if value is None else value, key, f"{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
 
 
-def merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the values of `overrides`; only the sections `sae` and `logger` are merged."""
-    result = dict(config)
-    for name, value in overrides.items():
-        is_section = name in _SECTIONS and isinstance(value, Mapping)
-        result[name] = merged(_mapping(name, config.get(name)), value) if is_section else value
-    return result
-
-
-def sae_config_class(config: Mapping[str, Any]) -> type[TrainingSAEConfig]:
-    """The class that `sae.architecture` names; if it is not set, that of "matryoshka".
+def sae_config_class(values: Mapping[str, Any]) -> type[TrainingSAEConfig]:
+    """The class that `sae.architecture` names; by default that of "matryoshka".
 
     Raises:
         ValueError: no such training architecture is registered.
     """
-    default = MatryoshkaTrainingSAEConfig.architecture()
-    architecture = _mapping("sae", config.get("sae")).get("architecture", default)
+    architecture = values.get("sae.architecture", MatryoshkaTrainingSAEConfig.architecture())
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"sae.architecture={architecture!r} is not registered; accepted: "
-            f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
-        )
+        names = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
+        raise invalid_option("sae.architecture", architecture, f"one of {names}")
     return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 
-def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[Any]:
-    """The training run that a mapping describes; see `load_run_config`."""
-    sae_class = sae_config_class(config)
-    hints = field_types(sae_class)
-    values = {str(name): value for name, value in config.items() if name not in _SECTIONS}
-    for section in _SECTIONS:
-        nested = _mapping(section, config.get(section))
-        values |= {f"{section}.{name}": value for name, value in nested.items()}
-    values.pop("sae.architecture", None)
+def build_run_config(
+    values: Mapping[str, Any], flags: Mapping[str, Sequence[str]] | None = None
+) -> LanguageModelSAERunnerConfig[Any]:
+    """The training run with these values of its fields.
+
+    Args:
+        values: As YAML holds them.
+        flags: The words after each `--field`, which replace values. They are read as YAML; several
+            make a list.
+
+    Raises:
+        ValueError: as for `load_run_config`.
+    """
+    sae_class = sae_config_class(values)
+    types = field_types(sae_class)
+    values = {
+        **values,
+        **dict(_from_flag(name, words, types) for name, words in (flags or {}).items()),
+    }
     for name in values:
-        if name not in hints:
-            raise unknown_field(name, hints)
+        if name not in types:
+            raise unknown_field(name, types)
     for f in fields(sae_class):
         is_required = f.default is MISSING and f.default_factory is MISSING
         if is_required and f"sae.{f.name}" not in values:
             raise ValueError(f"sae.{f.name} is missing.")
-    values = {name: checked_value(name, value, hints[name]) for name, value in values.items()}
-    for name in _COUNTS:
-        checked_count(name, values.get(name, 1))
-
     by_section: dict[str, dict[str, Any]] = {"": {}, "sae": {}, "logger": {}}
     for name, value in values.items():
         section, _, field = name.rpartition(".")
-        by_section[section][field] = value
+        by_section[section][field] = checked_value(name, value, types[name])
+    for name in _COUNTS:
+        checked_count(name, values.get(name, 1))
+
     cfg = LanguageModelSAERunnerConfig(
         sae=sae_class.from_dict(by_section["sae"]),
         logger=LoggingConfig(**by_section["logger"]),
@@ -144,9 +170,9 @@ def build_run_config(config: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[
     )
     _check_schedules(cfg)
     if (
-        isinstance(cfg.sae, NestedOptions)
+        "sae.prefix_seed" not in values
+        and isinstance(cfg.sae, NestedOptions)
         and cfg.sae.is_sampled
-        and "sae.prefix_seed" not in values
     ):
         cfg.sae.prefix_seed = checked_count("seed", cfg.seed, 0)
     return cfg
@@ -167,7 +193,7 @@ def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def field_types(sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
-    """The type of every field of a training config, the nested ones with dots: `lr`, `sae.k`, …"""
+    """The type of every field of a training config."""
     return {
         **get_type_hints(LanguageModelSAERunnerConfig),
         "sae.architecture": str,
@@ -177,88 +203,60 @@ def field_types(sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
 
 
 def unknown_field(name: str, names: Iterable[str]) -> ValueError:
-    """The error for a field that is not one of `names`, with the nearest of them."""
-    leaf_of = {known: known.rpartition(".")[2] for known in names}
-    near = difflib.get_close_matches(name.rpartition(".")[2], leaf_of.values(), n=1)
-    suggested = [known for known, leaf in leaf_of.items() if leaf in near]
-    hint = f"; did you mean {' or '.join(suggested)}?" if suggested else "."
+    """The error for a field that is not one of `names`."""
+    leaf = name.rpartition(".")[2]
+    elsewhere = [known for known in names if known.rpartition(".")[2] == leaf]
+    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, names)
     return ValueError(f"{name} is not a field of a training config{hint}")
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if value is None and name in _SECTIONS:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r} is not accepted: give a mapping of fields to values.")
-    dotted = [key for key in value if isinstance(key, str) and "." in key]
-    if dotted:
-        nested = dotted[0].replace(".", ": {", 1)
-        raise ValueError(f"{dotted[0]} is not a field: nest it, {nested}: …}}.")
-    return dict(value)
-
-
-def overrides_of(
-    flags: Mapping[str, Sequence[str]], sae_class: type[TrainingSAEConfig]
-) -> dict[str, Any]:
-    """The fields that flags set, in the shape of a config.
-
-    Args:
-        flags: The words behind `--field`, by field. They are read as YAML; several are a list.
-        sae_class: The class of the section `sae`.
-
-    Raises:
-        ValueError: a field is unknown, or a value is of the wrong type.
-    """
-    hints = field_types(sae_class)
-    overrides: dict[str, Any] = {}
-    for name, words in flags.items():
-        section, _, field = name.rpartition(".")
-        negated = f"{section}.{field[2:]}".lstrip(".") if field.startswith("no") else ""
-        if name in hints:
-            value = _from_words(name, words, hints[name])
-        elif hints.get(negated) is bool and not words:  # --nostreaming
-            field, value = field[2:], False
-        else:
-            raise unknown_field(name, hints)
-        (overrides.setdefault(section, {}) if section else overrides)[field] = value
-    return overrides
-
-
-def _from_words(name: str, words: Sequence[str], hint: Any) -> Any:
-    if not words and hint is not bool:
-        raise ValueError(f"--{name} lacks a value.")
+def _from_flag(name: str, words: Sequence[str], types: Mapping[str, Any]) -> tuple[str, Any]:
+    """The field that `--name words` sets, and its value."""
+    if name not in types:
+        positive = re.sub(r"\bno(\w+)$", r"\1", name)  # --nostreaming
+        if types.get(positive) is bool and not words:
+            return positive, False
+        raise unknown_field(name, types)
+    if not words:
+        if types[name] is not bool:
+            raise ValueError(f"--{name} lacks a value.")
+        return name, True
     values = [_from_yaml(word) for word in words]
-    # One word may be a value, text that YAML reads as something else (a name of digits), or a list.
-    readings = [values[0], words[0], values] if len(words) == 1 else [values or True]
+    # A single word is a value, text that YAML reads as another type (such as 1e3), or a list.
+    readings = [values[0], words[0], values] if len(words) == 1 else [values]
     for reading in readings:
         with suppress(ValueError):
-            return checked_value(name, reading, hint)
-    return checked_value(name, readings[0], hint)
+            return name, checked_value(name, reading, types[name])
+    return name, readings[0]  # refused when all values are checked
 
 
 def _from_yaml(word: str) -> Any:
     try:
-        value = read_yaml(word)
-    except (yaml.YAMLError, ValueError):  # the second one for dates such as 2000-99-99
+        value = yaml.load(word, _Loader)
+    except (yaml.YAMLError, ValueError):  # ValueError: dates such as 2000-99-99
         return word
     return word if isinstance(value, str) else value
 
 
 def checked_value(name: str, value: Any, hint: Any) -> Any:
-    """`value`, read from YAML, as the type `hint` takes it.
+    """`value`, which YAML may hold, as the type `hint`.
 
     Raises:
         ValueError: it is of another type.
     """
-    text = json.dumps(value, default=str)  # JSON has no tuples, so lists are accepted for them
+    # From JSON, strict checks take a list for a tuple.
+    text = json.dumps(value, default=str)
     try:
         TypeAdapter(dict if hint is SAEMetadata else hint, config=_STRICT).validate_json(text)
     except ValidationError as error:
         problems = error.errors()
         item = "".join(f"[{i}]" for i in problems[0]["loc"] if isinstance(i, int))
-        accepted = [problem["msg"].removeprefix("Input should be ") for problem in problems]
+        accepted = [
+            _ACCEPTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+            for problem in problems
+        ]
         if NoneType in get_args(hint):
             accepted.append("null")
         raise invalid_option(name + item, problems[0]["input"], " or ".join(accepted)) from error
-    value = json.loads(text)
+    value = json.loads(text)  # not what pydantic returns, where 40 becomes 40.0
     return tuple(value) if get_origin(hint) is tuple else value

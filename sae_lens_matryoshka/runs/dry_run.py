@@ -1,4 +1,4 @@
-"""What a training run would do, told without a network and before anything loads."""
+"""What a training run would do, checked before anything loads and without a network."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.util.files import check_writable
 from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
 
-_TOLD = ("d_in", "d_sae", "device", "metadata")
+_NOT_OPTIONS = ("d_in", "d_sae", "device", "metadata")
 _BYTES = 16  # of a float32 parameter with its gradient and Adam's two moments
 
 
 def go_offline() -> None:
-    """Let the Hub's client answer from its cache alone, in this process from now on."""
+    """Make the Hub's client answer from its cache alone, in this process from now on."""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
@@ -36,40 +36,42 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         ValueError: a name is wrong, a width does not fit, or a path can't be written to.
     """
     go_offline()
-    lines = []
+    sae, lines = cfg.sae, []
     if cfg.model_class_name == "HookedTransformer":
         model_name = short_model_name(cfg.model_name)
         try:
-            check_hook_name(cfg.hook_name, cfg.sae.d_in, model_name, "sae")
-            lines.append(f"{cfg.hook_name} of {model_name}: {cfg.sae.d_in} wide, as sae.d_in")
+            check_hook_name(cfg.hook_name, sae.d_in, model_name, "sae")
+            lines.append(f"{cfg.hook_name} of {model_name}: width {sae.d_in}, as sae.d_in")
         except OSError:
-            lines.append(f"{model_name}: its configuration is not on this machine, not checked")
-    _check_dataset(cfg.dataset_path)
+            lines.append(f"{model_name}: not checked, its config is not on this machine")
     if not Path(cfg.dataset_path).exists():
-        lines.append(f"{cfg.dataset_path}: a name of the Hub, not looked up")
+        try:
+            validate_repo_id(cfg.dataset_path)
+        except HFValidationError as error:
+            raise ValueError(
+                f"dataset_path={cfg.dataset_path!r} is neither a folder nor a name on the Hub: "
+                f"{error}"
+            ) from error
+        lines.append(f"{cfg.dataset_path}: not checked, it is on the Hub")
     for name in ("output_path", "checkpoint_path"):
         if getattr(cfg, name) is not None:
             check_writable(name, Path(getattr(cfg, name)))
-    chosen = {
-        f.name: getattr(cfg.sae, f.name)
-        for f in fields(cfg.sae)
-        if f.name not in _TOLD
-        and f.default is not MISSING
-        and getattr(cfg.sae, f.name) != f.default
-    }
-    options = "".join(f", {name}={value!r}" for name, value in chosen.items())
-    lines.append(f"{cfg.sae.architecture()}{options}")
-    widths = getattr(cfg.sae, "matryoshka_widths", None)
-    if widths:
+    options = [
+        f"{f.name}={getattr(sae, f.name)!r}"
+        for f in fields(sae)
+        if f.name not in _NOT_OPTIONS and f.default not in (MISSING, getattr(sae, f.name))
+    ]
+    lines.append(", ".join([sae.architecture(), *options]))
+    if widths := getattr(sae, "matryoshka_widths", None):
         lines.append(f"levels of {', '.join(map(str, widths))} latents")
-    if hasattr(cfg.sae, "implementation"):
-        lines.append(_describe_implementation(cfg.sae, torch.device(cfg.device)))
-    d_in, d_sae = cfg.sae.d_in, cfg.sae.d_sae
-    n_parameters = 2 * d_in * d_sae + d_in + d_sae
-    steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    if hasattr(sae, "implementation"):
+        lines.append(_describe_implementation(sae, torch.device(cfg.device)))
+    n_parameters = 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
+    n_steps = cfg.training_tokens // cfg.train_batch_size_tokens
     lines.append(
-        f"{steps:,} steps of {cfg.train_batch_size_tokens:,} tokens; {n_parameters:,} parameters, "
-        f"{n_parameters * _BYTES / 2**30:.1f} GiB with gradients and Adam's moments in float32"
+        f"{n_steps:,} steps of {cfg.train_batch_size_tokens:,} tokens; {n_parameters:,} "
+        f"parameters, {n_parameters * _BYTES / 2**30:.1f} GiB with gradients and Adam's moments in "
+        "float32"
     )
     return "\n".join(lines)
 
@@ -82,14 +84,3 @@ def _describe_implementation(sae: Any, device: torch.device) -> str:
         backend = backend_for(sae.implementation, device, DTYPE_MAP[sae.dtype])
     implementation = "reference" if backend is None else backend.implementation
     return f"implementation {implementation!r} on {device}"
-
-
-def _check_dataset(name: str) -> None:
-    if Path(name).exists():
-        return
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(
-            f"dataset_path={name!r} is neither a folder nor a name of the Hub: {error}"
-        ) from error

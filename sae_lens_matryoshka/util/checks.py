@@ -1,4 +1,4 @@
-"""Checks of what a user gives, whose errors name the field, its value and what is accepted."""
+"""Checks of options; their errors name the option, its value and what is accepted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def invalid_option(name: str, value: Any, accepted: str) -> ValueError:
 
 
 def checked_count(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int of at least `least`; numpy's integers too, which JSON could not hold.
+    """`value` as an int of at least `least`, also if it is one of numpy's, which JSON can't hold.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise invalid_option(name, value, _COUNTS.get(least, f"an integer of {least} or more"))
@@ -37,7 +37,7 @@ def checked_number(
     """`value` as a finite float above `above`, from `least` to `most`.
 
     Raises:
-        ValueError: it is none; `accepted` says in words what would be.
+        ValueError: it is anything else; the error ends with "give {accepted}.".
     """
     if not is_number(value) or not (value > above and least <= value <= most):
         raise invalid_option(name, value, accepted)

@@ -8,10 +8,10 @@ from sae_lens_matryoshka.util.checks import invalid_option
 
 
 def check_device(name: str, device: str) -> None:
-    """Check that tensors can be made on `device`.
+    """Check that PyTorch can create tensors on `device`.
 
     Raises:
-        ValueError: they can't; the error calls the device `name`.
+        ValueError: it can't; the error calls the option `name`.
     """
     try:
         torch.empty(0, device=device)

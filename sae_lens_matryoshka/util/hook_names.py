@@ -34,7 +34,7 @@ def short_model_name(name: str) -> str:
 
 
 def local_folder(model_name: str) -> Path | None:
-    """The folder in the working directory that transformers loads the model from, if there is one."""
+    """The folder here that transformers loads the model from instead of the Hub, if any."""
     folder = Path(get_official_model_name(model_name))
     return folder if folder.is_dir() else None
 

@@ -11,7 +11,7 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], n_text:
     Args:
         titles: Of the columns.
         rows: The cells of each row.
-        n_text: Columns of text, aligned left; the ones behind them hold numbers, aligned right.
+        n_text: Number of text columns, aligned left; the numbers after them are aligned right.
     """
     alignment = "|" + "---|" * n_text + "---:|" * (len(titles) - n_text)
     head, *body = ("| " + " | ".join(cells) + " |" for cells in (titles, *rows))

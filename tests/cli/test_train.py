@@ -17,7 +17,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from safetensors.torch import load_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, cli
-from sae_lens_matryoshka.runs.config import build_run_config, load_run_config
+from sae_lens_matryoshka.runs import runner
+from sae_lens_matryoshka.runs.config import build_run_config, flat, load_run_config
 from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
 from tests.tiny import N_CTX, tiny_model, token_dataset
 
@@ -54,7 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModelSAERunnerConfi
         def run(self) -> None:
             pass
 
-    monkeypatch.setattr(cli, "MatryoshkaTrainingRunner", Runner)
+    monkeypatch.setattr("sae_lens_matryoshka.runs.runner.MatryoshkaTrainingRunner", Runner)
     return configs
 
 
@@ -143,9 +144,7 @@ def test_any_registered_architecture_is_trained(started, config):
 
 
 def test_help_shows_the_fields(config, capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main(["train", str(config), "--help"])
-    assert left.value.code == 0
+    assert cli.main(["train", str(config), "--help"]) == 0
     text = capsys.readouterr().out
     for flag in ("--lr float", "--sae.matryoshka_widths list", "--logger.log_to_wandb bool"):
         assert flag in text
@@ -157,25 +156,25 @@ def test_load_run_config_takes_overrides_in_the_shape_of_the_file(config):
 
 
 WRONG = {
-    "lr: fast": "lr='fast' is not accepted: give a finite number.",
+    "lr: fast": "lr='fast' is not accepted: give a valid number.",
     "lr: .nan": "lr=nan is not accepted: give a finite number.",
-    "lr: true": "lr=True is not accepted: give a finite number.",
-    "training_tokens: 1.5": "training_tokens=1.5 is not accepted: give an integer.",
+    "lr: true": "lr=True is not accepted: give a valid number.",
+    "training_tokens: 1.5": "training_tokens=1.5 is not accepted: give a valid integer.",
     "training_tokens: 0": "training_tokens=0 is not accepted: give a positive integer.",
-    "seed: true": "seed=True is not accepted: give an integer.",
+    "seed: true": "seed=True is not accepted: give a valid integer.",
     "streaming: 1": "streaming=1 is not accepted: give true or false.",
     "dataset_path: no": "dataset_path=False is not accepted: give text, in quotes",
-    "lr_end: low": "lr_end='low' is not accepted: give a finite number or null.",
-    "seqpos_slice: [a]": "seqpos_slice[0]='a' is not accepted: give an integer or null.",
-    "sequence_separator_token: x": "give an integer or 'bos' or 'eos' or 'sep' or null.",
+    "lr_end: low": "lr_end='low' is not accepted: give a valid number or null.",
+    "seqpos_slice: [a]": "seqpos_slice[0]='a' is not accepted: give a valid integer.",
+    "sequence_separator_token: x": "give a valid integer or 'bos', 'eos' or 'sep' or null.",
     "model_kwargs: 3": "model_kwargs=3 is not accepted: give a mapping.",
-    "sae: {d_in: 16, d_sae: 64, k: [1]}": "sae.k=[1] is not accepted: give a finite number.",
+    "sae: {d_in: 16, d_sae: 64, k: [1]}": "sae.k=[1] is not accepted: give a valid number.",
     "sae: {d_in: 16, d_sae: 64, k: 99}": "k=99 is not accepted: give a number above 0 and at most",
     "sae: {d_in: 16, d_sae: 64, k: 4, matryoshka_widths: [8, 8]}": "does not strictly increase",
     "sae: {d_in: 16, d_sae: 64, k: 4, matryoshka_widths: [8, x]}": "sae.matryoshka_widths[1]='x'",
-    "sae: {d_in: 16}": "sae.d_sae is missing; accepted: an integer.",
+    "sae: {d_in: 16}": "sae.d_sae is missing.",
     "sae: 3": "sae=3 is not accepted: give a mapping of fields to values.",
-    "sae: {kk: 3}": "sae.kk is not a field of a training config; did you mean sae.k?",
+    "sae: {kk: 3}": "sae.kk is not a field of a training config; did you mean sae.k",
     "d_sae: 3": "d_sae is not a field of a training config; did you mean sae.d_sae?",
     "logger: {log_wandb: true}": "logger.log_wandb is not a field of a training config; did you "
     "mean logger.log_to_wandb",
@@ -183,7 +182,7 @@ WRONG = {
     "sae.k: 3": "sae.k is not a field: nest it, sae: {k: …}.",
     "sea: {k: 3}": "sea is not a field of a training config; did you mean sae",
     "3: 4": "3 is not a field of a training config.",
-    "sae: {architecture: topkk}": "sae.architecture='topkk' is not registered; accepted: "
+    "sae: {architecture: topkk}": "sae.architecture='topkk' is not accepted: give one of "
     + ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY)),
     "use_chat_formatting: true": "use_chat_formatting and is_dataset_tokenized cannot both be True",
     "resume_from_checkpoint: /nowhere": "resume_from_checkpoint='/nowhere' is not a folder",
@@ -211,14 +210,18 @@ def test_config_that_cannot_be_read_is_named(tmp_path, refusal):
     ("words", "message"),
     [
         ("--lrr 3", "lrr is not a field of a training config; did you mean lr?"),
-        ("--sae.kk=3", "sae.kk is not a field of a training config; did you mean sae.k?"),
+        ("--sae.kk=3", "sae.kk is not a field of a training config; did you mean sae.k"),
+        ("--k 3", "k is not a field of a training config; did you mean sae.k?"),
         ("--matryoshka_widths 3", "did you mean sae.matryoshka_widths?"),
-        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-        ("--training_tokens 1.5", "argument --training_tokens: invalid int value: '1.5'"),
-        ("--sae.implementation fast", "invalid choice: 'fast' (choose from"),
-        ("--sae.k", "--sae.k: expected one argument"),
-        ("--sae.k 99", "k=99.0 is not accepted: give a number above 0 and at most d_sae=64."),
-        ("--sae.architecture topkk", "sae.architecture='topkk' is not registered; accepted: abs"),
+        ("--lr fast", "lr='fast' is not accepted: give a valid number."),
+        ("--training_tokens 1.5", "training_tokens=1.5 is not accepted: give a valid integer."),
+        (
+            "--sae.implementation fast",
+            "sae.implementation='fast' is not accepted: give 'auto', 'ref",
+        ),
+        ("--sae.k", "--sae.k lacks a value."),
+        ("--sae.k 99", "k=99 is not accepted: give a number above 0 and at most d_sae=64."),
+        ("--sae.architecture topkk", "sae.architecture='topkk' is not accepted: give one of abs"),
         ("--resume_from_checkpoint /nowhere", "resume_from_checkpoint='/nowhere' is not a folder"),
         ("other.yaml", "'other.yaml' belongs to no --field; a config comes first."),
     ],
@@ -227,10 +230,8 @@ def test_mistake_in_a_flag_is_named(config, refusal, words, message):
     assert message in refusal("train", config, *words.split())
 
 
-def test_mistake_in_the_command_is_named(refusal):
-    assert "invalid choice: 'trian' (choose from" in refusal("trian")
-    assert "sae.d_in is missing; accepted: an integer." in refusal("train")
-    assert "argument --seed: invalid int value: 'x'" in refusal("demo", "--seed", "x")
+def test_missing_field_is_named(refusal):
+    assert "sae.d_in is missing." in refusal("train")
 
 
 def test_train_trains_and_saves_for_inference(config, tmp_path, monkeypatch, capsys):
@@ -263,7 +264,7 @@ def test_train_trains_and_saves_for_inference(config, tmp_path, monkeypatch, cap
         (
             TrainingInterrupted(signal.SIGTERM, "saved.", Path("/a b/64")),
             143,
-            "SIGTERM: saved.\nGo on with: sae-matryoshka train {} --lr 1 "
+            "SIGTERM: saved.\nResume with: sae-matryoshka train {} --lr 1 "
             "--resume_from_checkpoint '/a b/64'\n",
         ),
         (TrainingInterrupted(signal.SIGINT, "nothing."), 130, "SIGINT: nothing.\n"),
@@ -276,7 +277,7 @@ def test_interrupted_training_exits_with_the_signals_code(
     def run(self) -> None:
         raise raised
 
-    monkeypatch.setattr(cli.MatryoshkaTrainingRunner, "run", run)
+    monkeypatch.setattr(runner.MatryoshkaTrainingRunner, "run", run)
     assert cli.main(["train", str(config), "--lr", "1"]) == code
     assert capsys.readouterr().err == printed.format(config)
 
@@ -316,11 +317,11 @@ def test_saelens_own_command_line_knows_the_architecture(words, widths):
 @pytest.mark.parametrize("architecture", sorted(SAE_TRAINING_CLASS_REGISTRY))
 def test_every_architectures_own_dictionary_is_accepted(architecture):
     sae = SAE_TRAINING_CLASS_REGISTRY[architecture][1](d_in=16, d_sae=128)
-    assert build_run_config({"sae": sae.to_dict()}).sae.to_dict() == sae.to_dict()
+    assert build_run_config(flat({"sae": sae.to_dict()}, "config")).sae.to_dict() == sae.to_dict()
 
 
 def test_build_run_config_leaves_the_mapping_alone():
     config = {"sae": {"d_in": 16, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 64]}}
-    cfg = build_run_config(config)
+    cfg = build_run_config(flat(config, "config"))
     cfg.sae.matryoshka_widths.append(128)
     assert config == {"sae": {"d_in": 16, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 64]}}

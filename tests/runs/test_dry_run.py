@@ -1,4 +1,4 @@
-"""`train --dry-run`: what it tells, and what it refuses, without a network."""
+"""`train --dry-run`: what it prints, and what it refuses, without a network."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def dry_run(*words: str) -> int:
     return cli.main(["train", str(CONFIGS / "gemma-2-2b.yaml"), "--dry-run", *words])
 
 
-def test_tells_what_would_run(
+def test_prints_what_would_run(
     capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert dry_run() == 0
     # 2·2304·65536 + 2304 + 65536 parameters, 16 bytes each; 500M tokens in batches of 2,048
     assert capsys.readouterr().out.splitlines() == [
-        "blocks.12.hook_resid_post of gemma-2-2b: 2304 wide, as sae.d_in",
-        "monology/pile-uncopyrighted: a name of the Hub, not looked up",
+        "blocks.12.hook_resid_post of gemma-2-2b: width 2304, as sae.d_in",
+        "monology/pile-uncopyrighted: not checked, it is on the Hub",
         "matryoshka, normalize_activations='expected_average_only_in', k=40",
         "levels of 2048, 6144, 14336, 30720, 65536 latents",
         "cuda: not on this machine, where PyTorch finds no CUDA device",
@@ -53,7 +53,7 @@ def test_tells_what_would_run(
         ),
     ],
 )
-def test_tells_which_implementation_runs(
+def test_prints_which_implementation_runs(
     words: list[str], implementation: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -61,9 +61,9 @@ def test_tells_which_implementation_runs(
     assert f"implementation '{implementation}' on cpu" in capsys.readouterr().out.splitlines()
 
 
-def test_tells_what_it_can_not_check(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prints_what_it_can_not_check(capsys: Capture) -> None:
     assert cli.main(["train", str(CONFIGS / "gpt2-small.yaml"), "--dry-run"]) == 0
-    assert "gpt2: its configuration is not on this machine" in capsys.readouterr().out
+    assert "gpt2: not checked, its config is not on this machine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,10 @@ def test_tells_what_it_can_not_check(capsys: Capture, monkeypatch: pytest.Monkey
             "does not know the model 'gema-2-2b'; did you mean gemma-2",
         ),
         (["--hook_name", "blocks.26.hook_resid_post"], "gemma-2-2b has the layers 0 to 25"),
-        (["--sae.d_in", "2048"], "d_in=2048, and blocks.12.hook_resid_post of gemma-2-2b is 2304"),
+        (
+            ["--sae.d_in", "2048"],
+            "d_in=2048, and blocks.12.hook_resid_post of gemma-2-2b has width 2304",
+        ),
         (["--dataset_path", "the pile"], "dataset_path='the pile' is neither a folder nor a name"),
         (["--output_path", "file/out"], "output_path='file/out' can't be written to"),
     ],

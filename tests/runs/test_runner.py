@@ -1,4 +1,4 @@
-"""A run that is stopped, or breaks off, is gone on with as if it had not."""
+"""Runs resume after a signal or an exception as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_first_signal_finishes_the_step_and_saves_it(make_runner, signum):
     assert checkpoint == Path(runner.cfg.checkpoint_path) / str(5 * BATCH)
     assert {path.name for path in checkpoint.iterdir()} == FILES
     assert str(caught.value) == (
-        f"{signum.name}: step 5 (160 training samples) is saved in {checkpoint}. To go on, start "
-        f"the same run with --resume_from_checkpoint {checkpoint} (in a config: "
+        f"{signum.name}: step 5 (160 training samples) is saved in {checkpoint}. To resume, "
+        f"start the same run with --resume_from_checkpoint {checkpoint} (in a config: "
         "resume_from_checkpoint)."
     )
     state = torch.load(checkpoint / "trainer_state.pt")
@@ -271,7 +271,7 @@ def test_signal_without_a_checkpoint_path_says_which_field_to_set(make_runner):
     runner = make_runner(checkpoint_path=None)
     at_batch(runner, 5, send(signal.SIGINT))
     with pytest.raises(
-        TrainingInterrupted, match="nothing of the 5 steps could be kept, because checkpoint_path"
+        TrainingInterrupted, match="none of the 5 steps could be saved, because checkpoint_path"
     ) as caught:
         runner.run()
     assert caught.value.checkpoint is None
@@ -589,7 +589,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, sub
 @pytest.mark.parametrize(
     ("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
-def test_command_saves_on_a_signal_and_says_how_to_go_on(commands, make_runner, signum, exit_code):
+def test_command_saves_on_a_signal_and_says_how_to_resume(commands, make_runner, signum, exit_code):
     process = commands[signum]
     n_batches = 0
     while n_batches < 8:
@@ -601,8 +601,8 @@ def test_command_saves_on_a_signal_and_says_how_to_go_on(commands, make_runner, 
 
     assert process.returncode == exit_code, errors
     assert "Traceback" not in errors
-    command = next(line for line in errors.splitlines() if line.startswith("Go on with: "))
-    start = "Go on with: sae-matryoshka train run.yaml --lr 1e-3 --resume_from_checkpoint "
+    command = next(line for line in errors.splitlines() if line.startswith("Resume with: "))
+    start = "Resume with: sae-matryoshka train run.yaml --lr 1e-3 --resume_from_checkpoint "
     assert command.startswith(start)
     checkpoint = Path(command.removeprefix(start))
     assert {path.name for path in checkpoint.iterdir()} == FILES
