@@ -1,6 +1,6 @@
-"""The demo's training process: train the two SAEs, evaluate them and every level, report.
+"""The demo's own process: train two SAEs, evaluate them and every level, and report.
 
-Runs in the demo's folder, where the model and the texts are found by their relative names.
+It runs in the demo's folder, where the model and the texts are found by relative names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from jaxtyping import Float
 from sae_lens import (
     SAE,
     ActivationsStore,
@@ -33,8 +34,8 @@ from sae_lens_matryoshka.demo.corpus import documents
 from sae_lens_matryoshka.demo.report import Row, TextReconstruction, draw_levels, table
 from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_FOLDER
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.levels.slicing import decode_levels, set_widths
-from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels_in_model
+from sae_lens_matryoshka.levels.slicing import decode_levels
+from sae_lens_matryoshka.levels.stats import measure_levels_in_model
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.saebench.evaluations import is_installed
 from sae_lens_matryoshka.saebench.report import write_report
@@ -98,29 +99,40 @@ def sae_configs() -> list[TrainingSAEConfig]:
     return [BatchTopKTrainingSAEConfig(**shape), MatryoshkaTrainingSAEConfig(**shape)]
 
 
-def train(
-    cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig],
-    model: HookedTransformer,
-    corpus: Dataset,
-) -> float:
-    """Train one SAE, and save it under its architecture's name.
+def train_and_measure(
+    cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig], model: HookedTransformer, corpus: Dataset
+) -> tuple[list[Row], Float[torch.Tensor, " d_sae"]]:
+    """Train an SAE, save it under its architecture's name and measure its levels on held-out texts.
 
     Returns:
-        Seconds of the run, the language model's included, without loading model and texts.
+        A row for each level, and the share of tokens on which each latent fired in training.
     """
+    name = cfg.sae.architecture()
+    print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
     torch.manual_seed(cfg.seed)
     runner = MatryoshkaTrainingRunner(cfg, override_dataset=corpus, override_model=model)
     start = time.perf_counter()
     runner.run()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
 
-
-def evaluate(sae: SAE[Any], model: HookedTransformer) -> list[LevelStats]:
-    """Measure the levels of a saved SAE on the held-out texts."""
+    print(f"Evaluating the levels of {name}", flush=True)
+    frequencies = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
+    widths = getattr(cfg.sae, "matryoshka_widths", [D_SAE])
+    sae = load_sae(name, matryoshka_widths=widths)
     store = ActivationsStore.from_sae(
         model, sae, dataset="held_out", streaming=False, store_batch_size_prompts=16
     )
-    return measure_levels_in_model(sae, model, store, N_EVAL_BATCHES)
+    rows = [
+        Row(
+            sae=name,
+            width=level.width,
+            l0_training=frequencies[: level.width].sum().item(),
+            seconds=seconds if level.width == D_SAE else None,
+            **{field: getattr(level, field) for field in _MEASURED},
+        )
+        for level in measure_levels_in_model(sae, model, store, N_EVAL_BATCHES)
+    ]
+    return rows, frequencies
 
 
 @torch.no_grad()
@@ -139,7 +151,7 @@ def evaluate_with_saebench() -> str:
     """Run SAEBench's absorption, sparse probing and core on both SAEs and every level.
 
     Returns:
-        The table, which is in `saebench/` as well.
+        The table, which `saebench/` has as well.
     """
     shutil.rmtree(SAEBENCH, ignore_errors=True)
     plan = plan_suite(
@@ -164,46 +176,21 @@ def main(seed: int) -> None:
 
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
-    saes: dict[str, SAE[Any]] = {}
     for sae_cfg in sae_configs():
         name = sae_cfg.architecture()
-        print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
-        seconds = train(run_config(sae_cfg, seed), model, corpus)
-        frequencies[name] = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
-        sae = saes[name] = load_sae(name)
-        if not isinstance(sae_cfg, MatryoshkaTrainingSAEConfig):
-            set_widths(sae, [D_SAE])
-        print(f"Evaluating the levels of {name}", flush=True)
-        rows += [
-            Row(
-                sae=name,
-                width=level.width,
-                l0_training=frequencies[name][: level.width].sum().item(),
-                seconds=seconds if level.width == D_SAE else None,
-                **{name: getattr(level, name) for name in _MEASURED},
-            )
-            for level in evaluate(sae, model)
-        ]
+        levels, frequencies[name] = train_and_measure(run_config(sae_cfg, seed), model, corpus)
+        rows += levels
 
     results = {"seed": seed, "rows": [row._asdict() for row in rows]}
     Path("results.json").write_text(json.dumps(results, indent=2))
     Path("results.md").write_text(table(rows) + "\n")
     text = documents(1, seed + HELD_OUT_SEED)[0].text
-    draw_levels(
-        Path("levels.png"),
-        rows,
-        frequencies["matryoshka"],
-        frequencies["batchtopk"],
-        reconstruct_text(saes["matryoshka"], model, text),
-    )
+    reconstruction = reconstruct_text(load_sae("matryoshka"), model, text)
+    draw_levels(Path("levels.png"), rows, frequencies, reconstruction)
     print(f"\n{table(rows)}\n")
     files = "batchtopk/, matryoshka/, results.json, results.md, levels.png"
     if is_installed():
-        print(
-            "Evaluating both SAEs and every level with SAEBench; its core evaluation reads fewer "
-            "held-out texts than the table above",
-            flush=True,
-        )
+        print("Evaluating with SAEBench, core on fewer texts than the table above", flush=True)
         print(f"\n{evaluate_with_saebench()}\n")
         files += f", {SAEBENCH}/report.html"
     else:

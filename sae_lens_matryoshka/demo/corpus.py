@@ -1,10 +1,10 @@
-"""The demo corpus: text that this module generates from word lists, reproducible by seed.
+"""The demo's corpus: texts generated from word lists, reproducible by seed.
 
-It has three kinds of text. *Spelling prompts* follow SAEBench's absorption evaluation, so a model
-trained on them can name a word's first letter. *Word lists* have lines of words with the same first
-letter, so a model has a reason to represent the letter at the word's own token. *Documents* have a
-topic inside a domain, so a model's activations have a hierarchy: the domain's general words, and
-the topic's specific ones.
+There are three kinds of text. *Spelling prompts* follow SAEBench's absorption evaluation, so that a
+model trained on them can name a word's first letter. *Word lists* have lines of words with the same
+first letter, so that the model represents the letter at the word's own token. *Documents* have a
+topic within a domain, so that activations have a hierarchy: general words of the domain, and
+specific words of the topic.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 WORDS_PER_PROMPT = 11  # the evaluation solves ten words and asks for one more
 OPENERS = ("Each", "Every", "One", "That", "The", "This")
-SENTENCES = (
-    "{opener} {adj} {noun} {verb} {prep} the {noun}.",
-    "{opener} {noun} {verb} {prep} {det} {adj} {noun}.",
-    "{opener} {noun} {verb} {adv} while the {noun} {verb}.",
-    "{opener} {noun} was {adj} but the {noun} {verb} {adv}.",
-    "{opener} {noun} of the {noun} {verb} {prep} {det} {noun} and {verb}.",
-)
 DETERMINERS = ("the", "this", "that", "every", "each", "one")
+SENTENCES = (
+    "{opener} {adjectives} {nouns} {verbs} {prepositions} the {nouns}",
+    "{opener} {nouns} {verbs} {prepositions} {determiner} {adjectives} {nouns}",
+    "{opener} {nouns} {verbs} {adverbs} while the {nouns} {verbs}",
+    "{opener} {nouns} was {adjectives} but the {nouns} {verbs} {adverbs}",
+    "{opener} {nouns} of the {nouns} {verbs} {prepositions} {determiner} {nouns} and {verbs}",
+)
 # Probabilities that a word comes from the topic, its domain, a sibling topic or the neutral words.
-# The last two keep a single token from determining the topic.
+# With the last two, no single token determines the topic.
 SOURCE_WEIGHTS = (0.40, 0.22, 0.05, 0.33)
 
 
@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 @cache
 def _words() -> dict[str, Any]:
-    """The word lists of `words.json`, whose lines are split into words."""
+    """The word lists of `words.json`, where words stand in lines."""
 
     def split(node: Any) -> Any:
         if isinstance(node, list):
@@ -74,8 +74,8 @@ def vocabulary() -> list[str]:
 def spelling_words() -> list[str]:
     """All strings that spelling prompts ask about, with their leading space where they have one.
 
-    The evaluation asks about every alphabetic token, so these are all of the tokenizer's: the
-    vocabulary, the capitalised openers, the answers (" A") and the bare letters of its bytes.
+    SAEBench asks about every alphabetic token, so these are all alphabetic tokens of the tokenizer:
+    the vocabulary, the capitalised openers, the answers (" A") and single letters.
     """
     spaced = [*vocabulary(), *OPENERS, *ascii_uppercase]
     return [f" {word}" for word in spaced] + [*OPENERS, *ascii_letters]
@@ -84,7 +84,7 @@ def spelling_words() -> list[str]:
 def spelling_prompts(n: int, seed: int) -> list[str]:
     """`n` first-letter prompts of eleven lines, in the format of SAEBench's absorption evaluation.
 
-    Each ends with its answer, two characters (" B"); the rest is the evaluation's prompt.
+    Each ends with its answer, two characters (" B"); the rest is what SAEBench asks.
     """
     rng = random.Random(f"spelling {seed}")
     words = spelling_words()
@@ -98,8 +98,8 @@ def spelling_prompts(n: int, seed: int) -> list[str]:
 def word_lists(n: int, seed: int) -> list[str]:
     """`n` lists of four lines, each of six to twelve words with the same first letter.
 
-    With spelling prompts alone, a small model looks the answer up at a later token, by the word's
-    identity, and linear probes at the word's token find few of the letters.
+    Trained on spelling prompts alone, a small model finds the answer at a later token, and linear
+    probes at the word's own token find few of the letters.
     """
     rng = random.Random(f"lists {seed}")
     by_letter: dict[str, list[str]] = {}
@@ -107,9 +107,8 @@ def word_lists(n: int, seed: int) -> list[str]:
         by_letter.setdefault(word[0], []).append(word)
 
     def line() -> str:
-        return "\n " + " ".join(
-            rng.sample(rng.choice(list(by_letter.values())), rng.randint(6, 12))
-        )
+        words = rng.choice(list(by_letter.values()))
+        return "\n " + " ".join(rng.sample(words, rng.randint(6, 12)))
 
     return ["".join(line() for _ in range(4)) for _ in range(n)]
 
@@ -124,11 +123,8 @@ def documents(n: int, seed: int) -> list[Document]:
 def labelled_documents(n: int, seed: int) -> dict[str, list[Any]]:
     """`n` documents in the columns of AG News: `text` and `label`, the index of the domain."""
     domains = list(topics())
-    rows = documents(n, seed)
-    return {
-        "text": [document.text for document in rows],
-        "label": [domains.index(document.domain) for document in rows],
-    }
+    rows = [(document.text, domains.index(document.domain)) for document in documents(n, seed)]
+    return {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
 
 
 def texts(n: int, seed: int) -> list[str]:
@@ -141,30 +137,21 @@ def texts(n: int, seed: int) -> list[str]:
 
 
 def _document(domain: str, topic: str, rng: random.Random) -> Document:
-    sentences = (_sentence(domain, topic, rng) for _ in range(rng.randint(4, 7)))
-    return Document(" ".join(sentences), domain, topic)
-
-
-def _sentence(domain: str, topic: str, rng: random.Random) -> str:
-    """A sentence template with every slot filled."""
     words = _words()
     sources = words["domains"][domain]
     siblings = [name for name in sources["topics"] if name != topic]
+    fixed = {"opener": OPENERS, "determiner": DETERMINERS}
 
-    def content(kind: str) -> str:
+    def fill(slot: str) -> str:
+        if slot not in ("adjectives", "nouns", "verbs"):
+            return rng.choice(fixed.get(slot) or words[slot])
         sibling = sources["topics"][rng.choice(siblings)]
         choices = (sources["topics"][topic], sources, sibling, words)
         source = rng.choices(choices, SOURCE_WEIGHTS)[0]
-        return rng.choice(source.get(kind, words[kind]))  # topics have no adjectives of their own
+        return rng.choice(source.get(slot, words[slot]))  # topics have no adjectives of their own
 
-    fill = {
-        "opener": lambda: rng.choice(OPENERS),
-        "det": lambda: rng.choice(DETERMINERS),
-        "prep": lambda: rng.choice(words["prepositions"]),
-        "adv": lambda: rng.choice(words["adverbs"]),
-        "adj": lambda: content("adjectives"),
-        "noun": lambda: content("nouns"),
-        "verb": lambda: content("verbs"),
-    }
-    parts = rng.choice(SENTENCES).replace(".", "").split()
-    return " ".join(fill[p[1:-1]]() if p[0] == "{" else p for p in parts) + "."
+    def sentence() -> str:
+        parts = rng.choice(SENTENCES).split()
+        return " ".join(fill(p[1:-1]) if p[0] == "{" else p for p in parts) + "."
+
+    return Document(" ".join(sentence() for _ in range(rng.randint(4, 7))), domain, topic)

@@ -14,15 +14,15 @@ from torch import Tensor
 from sae_lens_matryoshka.util.markdown import markdown_table
 
 _MATRYOSHKA, _BATCHTOPK = "tab:orange", "tab:gray"
-_TITLES = (
-    "SAE",
-    "width",
-    "L0 training",
-    "L0 saved",
-    "variance explained",
-    "CE loss recovered",
-    "s",
-)
+_COLUMNS = {  # of the table: title and format
+    "sae": ("SAE", ""),
+    "width": ("width", "d"),
+    "l0_training": ("L0 training", ".2f"),
+    "l0": ("L0 saved", ".2f"),
+    "explained_variance": ("variance explained", ".3f"),
+    "ce_recovered": ("CE loss recovered", ".3f"),
+    "seconds": ("s", ".0f"),
+}
 
 
 class Row(NamedTuple):
@@ -42,33 +42,24 @@ class Row(NamedTuple):
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     cells = [
-        (
-            row.sae,
-            str(row.width),
-            f"{row.l0_training:.2f}",
-            f"{row.l0:.2f}",
-            f"{row.explained_variance:.3f}",
-            f"{row.ce_recovered:.3f}",
-            "" if row.seconds is None else f"{row.seconds:.0f}",
-        )
-        for row in rows
+        ["" if value is None else format(value, _COLUMNS[name][1]) for name, value in fields]
+        for fields in (row._asdict().items() for row in rows)
     ]
-    return markdown_table(_TITLES, cells)
+    return markdown_table([title for title, _ in _COLUMNS.values()], cells)
 
 
 class TextReconstruction(NamedTuple):
     """How well each level reconstructs the activations on one text."""
 
     tokens: list[str]
-    # Of each token's squared distance from b_dec.
+    # Share of each token's squared distance from b_dec
     explained: Float[Tensor, "n_levels n_tokens"]
 
 
 def draw_levels(
     path: Path,
     rows: list[Row],
-    frequencies: Float[Tensor, " d_sae"],
-    baseline_frequencies: Float[Tensor, " d_sae"],
+    frequencies: dict[str, Float[Tensor, " d_sae"]],
     text: TextReconstruction,
 ) -> None:
     """Draw what each level reconstructs, overall and on one text, and how often its latents fire.
@@ -76,8 +67,7 @@ def draw_levels(
     Args:
         path: PNG file to write.
         rows: Every level of `matryoshka`, and `batchtopk`.
-        frequencies: Share of tokens on which each Matryoshka latent fires.
-        baseline_frequencies: The same for BatchTopK.
+        frequencies: Share of tokens on which each latent of these SAEs fires.
         text: The levels of `matryoshka` on one text.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -87,21 +77,16 @@ def draw_levels(
     levels = [row for row in rows if row.sae == "matryoshka"]
     (baseline,) = (row for row in rows if row.sae == "batchtopk")
     widths = [row.width for row in levels]
-    for axis, field, title in (
-        (panels["variance"], "explained_variance", "Variance explained"),
-        (panels["loss"], "ce_recovered", "CE loss recovered"),
+    for panel, field, title in (
+        ("variance", "explained_variance", "Variance explained"),
+        ("loss", "ce_recovered", "CE loss recovered"),
     ):
+        axis = panels[panel]
         values = [getattr(row, field) for row in levels]
         axis.plot(widths, values, "o-", color=_MATRYOSHKA, label="Matryoshka levels")
         for row, value in zip(levels, values, strict=True):
-            axis.annotate(
-                f"L0 {row.l0:.1f}",
-                (row.width, value),
-                xytext=(0, -14),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+            label = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(f"L0 {row.l0:.1f}", (row.width, value), fontsize=8, **label)
         value = getattr(baseline, field)
         axis.plot(baseline.width, value, "s", color=_BATCHTOPK, label="BatchTopK")
         axis.set(xscale="log", xlabel="width of the level (latents)", title=title)
@@ -109,24 +94,27 @@ def draw_levels(
         axis.minorticks_off()
         axis.margins(0.12, 0.2)
         axis.legend(loc="lower right", fontsize=8)
-    _draw_frequencies(panels["frequency"], widths, frequencies, baseline_frequencies)
+    _draw_frequencies(panels["frequency"], widths, frequencies)
     _draw_text(panels["text"], widths, text)
     figure.savefig(path, dpi=130)
 
 
-def _draw_frequencies(axis: Axes, widths: list[int], frequencies: Tensor, baseline: Tensor) -> None:
+def _draw_frequencies(axis: Axes, widths: list[int], frequencies: dict[str, Tensor]) -> None:
     """Boxes of the firing frequencies in each level and in BatchTopK, without dead latents."""
-    levels = list(pairwise([0, *widths]))
-    groups = [*(frequencies[start:end] for start, end in levels), baseline]
+    groups = {
+        f"{start}–{end}": frequencies["matryoshka"][start:end]
+        for start, end in pairwise([0, *widths])
+    }
+    groups["BatchTopK"] = frequencies["batchtopk"]
     boxes = axis.boxplot(
-        [group[group > 1e-9].numpy() for group in groups],
-        tick_labels=[*(f"{start}–{end}" for start, end in levels), "BatchTopK"],
+        [group[group > 1e-9].numpy() for group in groups.values()],
+        tick_labels=list(groups),
         patch_artist=True,
         medianprops={"color": "black"},
         flierprops={"markersize": 2},
     )
-    for box, color in zip(boxes["boxes"], [*[_MATRYOSHKA] * len(levels), _BATCHTOPK], strict=True):
-        box.set(facecolor=color, alpha=0.6)
+    for box, name in zip(boxes["boxes"], groups, strict=True):
+        box.set(facecolor=_BATCHTOPK if name == "BatchTopK" else _MATRYOSHKA, alpha=0.6)
     title = "How often a latent fires (per token)"
     axis.set(yscale="log", xlabel="latents of each level", title=title)
     axis.tick_params(axis="x", rotation=30)

@@ -12,13 +12,13 @@ from datasets import Dataset
 
 from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
 
-# TransformerLens loads official names only; transformers takes a folder of that name first.
+# TransformerLens knows official names only; transformers prefers a folder of that name.
 MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
-# SAEBench knows datasets by name, and the columns `text` and `label` by this one.
+# SAEBench knows data sets by name, and reads the columns `text` and `label` of this one.
 LABELLED_FOLDER = Path("fancyzhx") / "ag_news"
 N_TEXTS, N_HELD_OUT = 24_000, 2_000
 N_LABELLED = 4_000  # documents in each split
-# Added to the run's seed, so that no text was trained on.
+# Added to the run's seed, so that none of these texts was trained on
 HELD_OUT_SEED = 10_000
 LABELLED_SEEDS = {"train": 20_000, "test": 30_000}
 _MARKER = "demo.txt"
@@ -27,12 +27,12 @@ _MARKER = "demo.txt"
 def run_demo(out: Path, seed: int = 0) -> int:
     """Train SAELens' `batchtopk` and our `matryoshka` on the demo model, and compare them.
 
-    Leaves in `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
-    `results.md` and `levels.png`, beside the model and the texts that they were trained on, and, if
-    SAEBench is installed, its results on both and every level in `saebench/`.
+    Writes to `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
+    `results.md` and `levels.png`, beside the model and the texts, and, if SAEBench is installed,
+    its results on both SAEs and every level in `saebench/`.
 
     Args:
-        out: Output folder, made if missing. A demo in it is replaced.
+        out: Output folder, made if missing. An earlier demo in it is replaced.
         seed: Of the texts, the weights and the order of the activations.
 
     Returns:
@@ -47,13 +47,12 @@ def run_demo(out: Path, seed: int = 0) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text(
-        "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model: "
-        "it only takes the name pythia-70m-deduped, because TransformerLens knows that one. The "
-        "texts under fancyzhx/ are made by the package too, in the shape of AG News, which "
-        "SAEBench knows.\n"
+        "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model; "
+        "it has the name pythia-70m-deduped because TransformerLens knows that one. The texts "
+        "under fancyzhx/ are generated too, in the format of AG News, which SAEBench knows.\n"
     )
     write_model_and_texts(out, seed)
-    # The Hub's clients read these when they are imported, so training has a process of its own.
+    # The Hub's clients read these when they are imported: training needs a process of its own.
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -66,7 +65,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
 
 
 def write_model_and_texts(out: Path, seed: int) -> None:
-    """Write the demo's model and its texts, to be found by processes that run in `out`."""
+    """Write the demo's model and texts for processes that run in `out`."""
     shutil.copytree(Path(__file__).with_name("model"), out / MODEL_FOLDER, dirs_exist_ok=True)
     columns = {
         Path("corpus", "train"): {"text": texts(N_TEXTS, seed)},

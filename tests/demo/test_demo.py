@@ -1,4 +1,4 @@
-"""The demo. DEMO_RUN names the folder of a finished one; without it a short one runs here."""
+"""What the demo leaves, and what it refuses."""
 
 from __future__ import annotations
 
@@ -19,43 +19,9 @@ from sae_lens_matryoshka.runs.config import load_run_config
 
 REPOSITORY = Path(__file__).parents[2]
 
-SHORT = """
-from sae_lens_matryoshka.demo import compare
-run_config = compare.run_config
-def short_run_config(sae, seed=0):
-    cfg = run_config(sae, seed)
-    cfg.training_tokens, cfg.lr_decay_steps = 1024 * 120, 20
-    return cfg
-compare.run_config, compare.N_EVAL_BATCHES = short_run_config, 4
-compare.is_installed = lambda: False
-compare.main(0)
-"""
 
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished demo."""
-    if "DEMO_RUN" in os.environ:
-        return Path(os.environ["DEMO_RUN"])
-    out = tmp_path_factory.mktemp("demo") / "out"
-    run_command = subprocess.run
-
-    def run_short(command: list[str], **options):
-        assert command == [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", "0"]
-        return run_command([sys.executable, "-c", SHORT], **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "N_TEXTS", 2000)
-        patch.setattr(run, "N_HELD_OUT", 200)
-        patch.setattr(run, "N_LABELLED", 10)
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        patch.setattr(subprocess, "run", run_short)
-        assert run.run_demo(out) == 0
-    return out
-
-
-def test_every_level_is_measured_and_drawn(demo: Path) -> None:
-    rows = [Row(**row) for row in json.loads((demo / "results.json").read_text())["rows"]]
+def test_every_level_is_measured_and_drawn(demo_run: Path) -> None:
+    rows = [Row(**row) for row in json.loads((demo_run / "results.json").read_text())["rows"]]
     assert [(row.sae, row.width) for row in rows] == [
         ("batchtopk", 1024),
         *(("matryoshka", width) for width in (32, 96, 224, 480, 1024)),
@@ -65,20 +31,20 @@ def test_every_level_is_measured_and_drawn(demo: Path) -> None:
     assert levels[-1].l0_training == pytest.approx(8, rel=0.01)
     assert all(0 < row.explained_variance < 1 for row in rows)
     assert levels[-1].explained_variance > levels[0].explained_variance
-    assert (demo / "results.md").read_text() == table(rows) + "\n"
-    assert image.imread(demo / "levels.png").std() > 0.1, "something is drawn"
-    assert "sae-matryoshka demo" in (demo / "demo.txt").read_text()
-    metadata = SAE.load_from_disk(demo / "matryoshka").cfg.metadata
+    assert (demo_run / "results.md").read_text() == table(rows) + "\n"
+    assert image.imread(demo_run / "levels.png").std() > 0.1, "something is drawn"
+    assert "sae-matryoshka demo" in (demo_run / "demo.txt").read_text()
+    metadata = SAE.load_from_disk(demo_run / "matryoshka").cfg.metadata
     widths = metadata.training_architecture_details["matryoshka_widths"]
     assert widths == [32, 96, 224, 480, 1024]
 
 
-def test_the_command_that_it_ends_with_works_in_its_folder(demo: Path) -> None:
+def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> None:
     program = f"{sys.executable} -m sae_lens_matryoshka"
     done = subprocess.run(
         compare.LEVELS_COMMAND.replace("sae-matryoshka", program) + " --n-batches 1",
         shell=True,
-        cwd=demo,
+        cwd=demo_run,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
