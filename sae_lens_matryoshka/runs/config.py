@@ -75,11 +75,7 @@ def load_run_config(
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
-    """The fields in a YAML file, their values not yet checked.
-
-    Raises:
-        ValueError: the file cannot be read, is not YAML, or holds no mapping.
-    """
+    """The fields in a YAML file, their values not yet checked; raises as `load_run_config`."""
     try:
         config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -93,16 +89,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
 
 
 def flat(config: Any, name: str, prefix: str = "") -> dict[str, Any]:
-    """The fields of a nested config.
-
-    Args:
-        config: The config, or a section of it.
-        name: What errors call it.
-        prefix: What precedes its fields' names: "sae." in the section `sae`.
-
-    Raises:
-        ValueError: it is not a mapping, or has a dotted name itself.
-    """
+    """The fields of a nested config, or with a prefix of its section; errors call it `name`."""
     if not isinstance(config, Mapping):
         raise invalid_option(name, config, "a mapping of fields to values")
     values: dict[str, Any] = {}
@@ -118,11 +105,7 @@ def flat(config: Any, name: str, prefix: str = "") -> dict[str, Any]:
 
 
 def sae_config_class(values: Mapping[str, Any]) -> type[TrainingSAEConfig]:
-    """The class that `sae.architecture` names; by default that of "matryoshka".
-
-    Raises:
-        ValueError: no such training architecture is registered.
-    """
+    """The class that `sae.architecture` names, by default that of "matryoshka"."""
     architecture = values.get("sae.architecture", MatryoshkaTrainingSAEConfig.architecture())
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         names = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
@@ -133,15 +116,11 @@ def sae_config_class(values: Mapping[str, Any]) -> type[TrainingSAEConfig]:
 def build_run_config(
     values: Mapping[str, Any], flags: Mapping[str, Sequence[str]] | None = None
 ) -> LanguageModelSAERunnerConfig[Any]:
-    """The training run with these values of its fields.
+    """The training run with these values of its fields; raises as `load_run_config`.
 
     Args:
         values: As YAML holds them.
-        flags: The words after each `--field`, which replace values. They are read as YAML; several
-            make a list.
-
-    Raises:
-        ValueError: as for `load_run_config`.
+        flags: The words after each `--field`, which replace values: see `read_words`.
     """
     sae_class = sae_config_class(values)
     types = field_types(sae_class)
@@ -159,7 +138,7 @@ def build_run_config(
     by_section: dict[str, dict[str, Any]] = {"": {}, "sae": {}, "logger": {}}
     for name, value in values.items():
         section, _, field = name.rpartition(".")
-        by_section[section][field] = checked_value(name, value, types[name])
+        by_section[section][field] = _checked(name, value, types[name])
     for name in _COUNTS:
         checked_count(name, values.get(name, 1))
 
@@ -212,22 +191,31 @@ def unknown_field(name: str, names: Iterable[str]) -> ValueError:
 
 def _from_flag(name: str, words: Sequence[str], types: Mapping[str, Any]) -> tuple[str, Any]:
     """The field that `--name words` sets, and its value."""
-    if name not in types:
-        positive = re.sub(r"\bno(\w+)$", r"\1", name)  # --nostreaming
-        if types.get(positive) is bool and not words:
-            return positive, False
-        raise unknown_field(name, types)
-    if not words:
-        if types[name] is not bool:
-            raise ValueError(f"--{name} lacks a value.")
-        return name, True
+    if name in types:
+        if words:
+            return name, read_words(name, words, types[name])
+        if types[name] is bool:
+            return name, True
+        raise ValueError(f"--{name} lacks a value.")
+    positive = re.sub(r"\bno(\w+)$", r"\1", name)  # --nostreaming
+    if types.get(positive) is bool and not words:
+        return positive, False
+    raise unknown_field(name, types)
+
+
+def read_words(name: str, words: Sequence[str], hint: Any) -> Any:
+    """The value of a field from words of a command, each read as YAML; several make a list.
+
+    Raises:
+        ValueError: it is not of the type `hint`.
+    """
     values = [_from_yaml(word) for word in words]
     # A single word is a value, text that YAML reads as another type (such as 1e3), or a list.
     readings = [values[0], words[0], values] if len(words) == 1 else [values]
     for reading in readings:
         with suppress(ValueError):
-            return name, checked_value(name, reading, types[name])
-    return name, readings[0]  # refused when all values are checked
+            return _checked(name, reading, hint)
+    return _checked(name, readings[0], hint)
 
 
 def _from_yaml(word: str) -> Any:
@@ -238,12 +226,8 @@ def _from_yaml(word: str) -> Any:
     return word if isinstance(value, str) else value
 
 
-def checked_value(name: str, value: Any, hint: Any) -> Any:
-    """`value`, which YAML may hold, as the type `hint`.
-
-    Raises:
-        ValueError: it is of another type.
-    """
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value`, as YAML holds it, if it is of the type `hint`."""
     # From JSON, strict checks take a list for a tuple.
     text = json.dumps(value, default=str)
     try:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_matryoshka.runs.config import _from_yaml, checked_value, unknown_field
+from sae_lens_matryoshka.runs.config import read_words, unknown_field
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.util.checks import invalid_option
@@ -142,15 +142,10 @@ def _axis(text: str) -> tuple[str, list[_Choice]]:
         raise unknown_field(field, names)
     if not equals or not all(values.split(",")):
         raise ValueError(f"--vary {text!r} is not accepted: give {field}=value,value,…")
-    hint = hints[field]
     return field, [
-        _Choice(field, v, checked_value(field, _read(v), hint)) for v in values.split(",")
+        _Choice(field, value, read_words(field, value.split("/"), hints[field]))
+        for value in values.split(",")
     ]
-
-
-def _read(text: str) -> Any:
-    items = [_from_yaml(item) for item in text.split("/")]
-    return items if len(items) > 1 else items[0]
 
 
 def _variant(benchmark: Benchmark, name: str, choices: Sequence[_Choice]) -> Variant:
