@@ -17,9 +17,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Give the client this cache, and let its retries not wait."""
+    # Only here: the client reads the environment, which conftest sets, when it is imported.
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    return folder
+
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
 LFS_SIZE = 10 * 2**20

@@ -1,4 +1,4 @@
-"""Matryoshka checkpoints that other libraries wrote, read from files into SAELens' form."""
+"""The formats that `load_sae` knows, and readers for those that SAELens does not read from disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,42 +14,65 @@ from typing import Any, NamedTuple
 import sae_lens
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS, load_safetensors_weights
+from sae_lens.loading.pretrained_sae_loaders import handle_pre_6_0_config, load_safetensors_weights
 from sae_lens.util import dtype_to_str
 
+from sae_lens_matryoshka.util.checks import invalid_option
+
 _MATRYOSHKA_CLASS = "MatryoshkaBatchTopKSAE"
+_GEMMA_SCOPE_2_HOOKS = {
+    "output": "hook_resid_post",
+    "self_attn.o_proj.input": "attn.hook_z",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+}
 
 Config = dict[str, Any]
 StateDict = dict[str, torch.Tensor]
 
 
-class Format(NamedTuple):
-    """One way to lay an SAE down in a folder.
+class OnlyFromHubError(ValueError):
+    """The checkpoint is of a kind that only SAELens' loader for the Hub reads."""
+
+
+class Checkpoint(NamedTuple):
+    """A JumpReLU SAE as another library saved it.
 
     Attributes:
-        name: The library it comes from.
+        weights: Under SAELens' names.
+        cfg: What differs from SAELens' defaults, in one level as SAELens wrote it before 6.0.
+        group_sizes: Number of latents that each level adds; None where not known.
+        k: Of its training.
+    """
+
+    weights: StateDict
+    cfg: Config
+    group_sizes: Any = None
+    k: int | None = None
+
+
+class Format(NamedTuple):
+    """How a library saves an SAE in a folder.
+
+    Attributes:
+        name: The library.
         config: File name of the configuration.
         weights: File name of the weights.
-        loader: The name of SAELens' own loader from the Hub, if it has one.
-        read: From those two paths to a config and a state dict as SAELens' loaders return them;
-            None where SAELens does all of it.
-        reads: Whether `read` is for a checkpoint with this configuration; the others of its format
-            are for SAELens' loader.
+        loader: Name of SAELens' loader for the Hub, if it has one.
+        read: Reads the two files; None where SAELens does. Raises ValueError for broken files.
     """
 
     name: str
     config: str
     weights: str
     loader: str | None
-    read: Callable[[Path, Path], tuple[Config, StateDict]] | None = None
-    reads: Callable[[Config], bool] = lambda _: True
+    read: Callable[[Path, Path], Checkpoint] | None
 
 
 def read_json(path: Path) -> Config:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the file holds none.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,18 +84,18 @@ def read_json(path: Path) -> Config:
 
 
 def read_pickle(path: Path) -> StateDict:
-    """The tensors in a PyTorch file, which is never allowed to run code.
+    """The tensors in a PyTorch file, loaded with `weights_only=True`, which runs no code.
 
     Raises:
-        ValueError: it is broken, holds something other than a state dict, or wants to run code.
+        ValueError: the file is broken, holds no state dict, or would run code.
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {asked[1]}" if asked else "it is no file of weights"
-        raise ValueError(f"{path.name} was refused unread: {reason}.") from error
-    except Exception as error:  # there is no end to what bytes that are no pickle lead to
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run {code[1]}" if code else "it is not a file of weights"
+        raise ValueError(f"{path.name} was not unpickled: {reason}.") from error
+    except Exception as error:  # a broken pickle can raise anything
         reason = str(error).partition(".")[0] or "it ends too early"
         raise ValueError(f"{path.name} is broken: {reason}.") from error
     if isinstance(state_dict, torch.Tensor):
@@ -84,43 +107,33 @@ def read_pickle(path: Path) -> StateDict:
     return dict(state_dict)
 
 
-def read_dictionary_learning(config: Path, weights: Path) -> tuple[Config, StateDict]:
-    """dictionary_learning's `MatryoshkaBatchTopKSAE`, the format of SAEBench's suites.
-
-    Raises:
-        ValueError: the files are broken or hold another kind of SAE.
-    """
+def read_dictionary_learning(config: Path, weights: Path) -> Checkpoint:
+    """dictionary_learning's `MatryoshkaBatchTopKSAE`, the format of SAEBench's suites."""
     cfg = read_json(config)
     trainer, buffer = _section(config, cfg, "trainer"), _section(config, cfg, "buffer")
     dict_class = trainer.get("dict_class")
     if dict_class != _MATRYOSHKA_CLASS:
-        raise ValueError(
+        kind = OnlyFromHubError if dict_class else ValueError  # SAELens needs a class, too
+        raise kind(
             f"{config.name}: trainer.dict_class={dict_class!r} is not accepted from a folder: "
             f"only {_MATRYOSHKA_CLASS!r} is; other classes load from the Hub."
         )
     state_dict = read_pickle(weights)
     sizes = state_dict.pop("group_sizes", None)
-    return _jumprelu(
-        state_dict,
-        source=weights,
-        group_sizes=trainer.get("group_sizes") if sizes is None else sizes.tolist(),
-        metadata={
-            "model_name": str(trainer.get("lm_name")).split("/")[-1],
-            "hook_name": f"blocks.{trainer.get('layer')}.hook_resid_post",
-            "context_size": buffer.get("ctx_len"),
-            "dataset_path": "monology/pile-uncopyrighted",  # as SAELens' own loader says
-        },
-        details={"k": trainer.get("k")},
-    )
+    metadata = {
+        "model_name": str(trainer.get("lm_name")).split("/")[-1],
+        "hook_name": f"blocks.{trainer.get('layer')}.hook_resid_post",
+        "context_size": buffer.get("ctx_len"),
+        "dataset_path": "monology/pile-uncopyrighted",  # as in SAELens' loader
+    }
+    sizes = trainer.get("group_sizes") if sizes is None else sizes.tolist()
+    return Checkpoint(state_dict, metadata, sizes, trainer.get("k"))
 
 
-def read_bartbussmann(config: Path, weights: Path) -> tuple[Config, StateDict]:
+def read_bartbussmann(config: Path, weights: Path) -> Checkpoint:
     """`GlobalBatchTopKMatryoshkaSAE` of the paper's own code, bartbussmann/matryoshka_sae.
 
     Its encoder has no bias, whatever `b_enc` holds, and `input_unit_norm` is SAELens' "layer_norm".
-
-    Raises:
-        ValueError: the files are broken or hold another kind of SAE.
     """
     cfg = read_json(config)
     sizes = cfg.get("group_sizes")
@@ -132,79 +145,43 @@ def read_bartbussmann(config: Path, weights: Path) -> tuple[Config, StateDict]:
     state_dict = read_pickle(weights)
     if "b_enc" in state_dict:
         state_dict["b_enc"] = torch.zeros_like(state_dict["b_enc"])
-    return _jumprelu(
-        state_dict,
-        source=weights,
-        group_sizes=sizes,
-        normalize_activations="layer_norm" if cfg.get("input_unit_norm") else "none",
-        metadata={
-            "model_name": cfg.get("model_name"),
-            "hook_name": cfg.get("hook_point"),
-            "context_size": cfg.get("seq_len"),
-            "dataset_path": cfg.get("dataset_path"),
-        },
-        details={"k": cfg.get("top_k")},
-    )
+    options = {
+        "normalize_activations": "layer_norm" if cfg.get("input_unit_norm") else "none",
+        "model_name": cfg.get("model_name"),
+        "hook_name": cfg.get("hook_point"),
+        "context_size": cfg.get("seq_len"),
+        "dataset_path": cfg.get("dataset_path"),
+    }
+    return Checkpoint(state_dict, options, sizes, cfg.get("top_k"))
 
 
-def read_gemma_scope_2(config: Path, weights: Path) -> tuple[Config, StateDict]:
-    """An SAE of Gemma Scope 2; its levels were never published.
-
-    Raises:
-        ValueError: the files are broken or hold a transcoder.
-    """
+def read_gemma_scope_2(config: Path, weights: Path) -> Checkpoint:
+    """An SAE of Gemma Scope 2, whose level widths were never published."""
     cfg = read_json(config)
-    hook_name = _gemma_scope_2_hook(cfg)
-    if hook_name is None:
-        raise ValueError(
-            f"{config.name}: hf_hook_point_in={cfg.get('hf_hook_point_in')!r} is not accepted from "
-            "a folder: give an SAE of a layer's output, attention output or MLP output."
+    hook_point = cfg.get("hf_hook_point_in")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(hook_point))
+    if match is None or match[2] not in _GEMMA_SCOPE_2_HOOKS or "hf_hook_point_out" in cfg:
+        raise OnlyFromHubError(
+            f"{config.name}: hf_hook_point_in={hook_point!r} is not accepted from a folder: give "
+            "an SAE of a layer's output, attention output or MLP output."
         )
-    raw = load_safetensors_weights(weights)
-    state_dict = {
-        ours: raw[theirs]
-        for theirs, ours in (("w_enc", "W_enc"), ("w_dec", "W_dec"))
-        if theirs in raw
-    } | {name: raw[name] for name in ("b_enc", "b_dec", "threshold") if name in raw}
     model_name = str(cfg.get("model_name")).replace("-v3", "-3")
     if "270m" in model_name:  # the one model of that family without the suffix
         model_name = model_name.replace("-pt", "")
-    return _jumprelu(
-        state_dict,
-        source=weights,
-        group_sizes=None,
-        apply_b_dec_to_input=False,
-        metadata={
-            "model_name": model_name if "google" in model_name else f"google/{model_name}",
-            "hook_name": hook_name,
-            "hf_hook_name": cfg["hf_hook_point_in"],
-            "context_size": 1024,  # these two as SAELens' own loader says
-            "dataset_path": "monology/pile-uncopyrighted",
-        },
-        details={},
-    )
-
-
-def _gemma_scope_2_hook(cfg: Config) -> str | None:
-    """TransformerLens' name of the place that an SAE reads and writes; None for a transcoder."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(cfg.get("hf_hook_point_in")))
-    hooks = {
-        "output": "hook_resid_post",
-        "self_attn.o_proj.input": "attn.hook_z",
-        "post_feedforward_layernorm.output": "hook_mlp_out",
+    raw = load_safetensors_weights(weights)
+    state_dict = {name.replace("w_", "W_"): tensor for name, tensor in raw.items()}
+    options = {
+        "apply_b_dec_to_input": False,
+        "model_name": model_name if "google" in model_name else f"google/{model_name}",
+        "hook_name": f"blocks.{match[1]}.{_GEMMA_SCOPE_2_HOOKS[match[2]]}",
+        "hf_hook_name": hook_point,
+        "context_size": 1024,  # these two as in SAELens' loader
+        "dataset_path": "monology/pile-uncopyrighted",
     }
-    if match is None or match[2] not in hooks or "hf_hook_point_out" in cfg:
-        return None
-    return f"blocks.{match[1]}.{hooks[match[2]]}"
+    return Checkpoint(state_dict, options)
 
 
-def _is_matryoshka(cfg: Config) -> bool:
-    trainer = cfg.get("trainer")
-    # What lacks a class is for `read` to refuse.
-    return not isinstance(trainer, dict) or trainer.get("dict_class") in (None, _MATRYOSHKA_CLASS)
-
-
-SAELENS = Format("SAELens", SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "sae_lens")
+SAELENS = Format("SAELens", SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "sae_lens", None)
 FORMATS = (
     SAELENS,
     Format(
@@ -213,18 +190,63 @@ FORMATS = (
         "ae.pt",
         "dictionary_learning_1",
         read_dictionary_learning,
-        _is_matryoshka,
     ),
     Format("bartbussmann/matryoshka_sae", "config.json", "sae.pt", None, read_bartbussmann),
-    Format(
-        "Gemma Scope 2",
-        "config.json",
-        "params.safetensors",
-        "gemma_3",
-        read_gemma_scope_2,
-        lambda cfg: _gemma_scope_2_hook(cfg) is not None,
-    ),
+    Format("Gemma Scope 2", "config.json", "params.safetensors", "gemma_3", read_gemma_scope_2),
 )
+
+
+def read_checkpoint(
+    layout: Format, config: Path, weights: Path, overrides: Config
+) -> tuple[Config, StateDict]:
+    """Config and state dict as SAELens' loaders return them.
+
+    Args:
+        layout: Any but SAELens' own.
+        config: The file of the configuration.
+        weights: The file of the weights.
+        overrides: Fields of the config to replace, such as those in SAELens' table of releases.
+
+    Raises:
+        ValueError: the files are broken, or hold another kind of SAE.
+    """
+    assert layout.read is not None
+    raw, options, group_sizes, k = layout.read(config, weights)
+    missing = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} - raw.keys()
+    if missing:
+        raise ValueError(f"{weights.name} lacks {', '.join(sorted(missing))}.")
+    d_in, d_sae = raw["W_enc"].shape if raw["W_enc"].ndim == 2 else (0, 0)
+    if raw["threshold"].ndim == 0:
+        raw["threshold"] = raw["threshold"].repeat(d_sae)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {"b_enc": (d_sae,), "threshold": (d_sae,)}
+    for name, shape in shapes.items():
+        if tuple(raw[name].shape) != shape or 0 in shape:
+            raise ValueError(
+                f"{weights.name}: {name} has the shape {tuple(raw[name].shape)}, beside W_enc of "
+                f"{tuple(raw['W_enc'].shape)}."
+            )
+    details: Config = {} if k is None else {"k": k}
+    if group_sizes is not None:
+        is_list = isinstance(group_sizes, list) and all(type(size) is int for size in group_sizes)
+        if not is_list or min(group_sizes, default=0) < 1 or sum(group_sizes) != d_sae:
+            accepted = f"positive integers that sum to d_sae={d_sae}"
+            raise invalid_option("group_sizes", group_sizes, accepted)
+        details["matryoshka_widths"] = list(accumulate(group_sizes))
+    cfg = handle_pre_6_0_config(
+        {
+            "architecture": "jumprelu",
+            "d_in": d_in,
+            "d_sae": d_sae,
+            "dtype": dtype_to_str(raw["W_enc"].dtype),
+            "reshape_activations": "none",
+            **{name: value for name, value in options.items() if value is not None},
+            **overrides,
+            "sae_lens_version": sae_lens.__version__,
+        }
+    )
+    cfg["metadata"]["training_architecture_details"] = details
+    return cfg, {name: raw[name] for name in shapes}
 
 
 def _section(path: Path, cfg: Config, name: str) -> Config:
@@ -232,78 +254,3 @@ def _section(path: Path, cfg: Config, name: str) -> Config:
     if not isinstance(section, dict):
         raise ValueError(f"{path.name} lacks the section {name!r}.")
     return section
-
-
-def _jumprelu(
-    raw: StateDict,
-    source: Path,
-    group_sizes: Sequence[int] | None,
-    metadata: Config,
-    details: Config,
-    normalize_activations: str = "none",
-    apply_b_dec_to_input: bool = True,
-) -> tuple[Config, StateDict]:
-    """Config and state dict of SAELens' JumpReLU SAE with these weights, checked."""
-    missing = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} - raw.keys()
-    if missing:
-        raise ValueError(f"{source.name} lacks {', '.join(sorted(missing))}.")
-    d_in, d_sae = raw["W_enc"].shape if raw["W_enc"].ndim == 2 else (0, 0)
-    threshold = raw["threshold"]
-    state_dict = {
-        "W_enc": raw["W_enc"],
-        "b_enc": raw["b_enc"],
-        "W_dec": raw["W_dec"],
-        "b_dec": raw["b_dec"],
-        "threshold": threshold.expand(d_sae).clone() if threshold.ndim == 0 else threshold,
-    }
-    shapes = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-        "threshold": (d_sae,),
-    }
-    for name, shape in shapes.items():
-        if tuple(state_dict[name].shape) != shape or 0 in shape:
-            raise ValueError(
-                f"{source.name}: {name} has the shape {tuple(state_dict[name].shape)}, beside "
-                f"W_enc of {tuple(raw['W_enc'].shape)}."
-            )
-    if group_sizes is not None:
-        _check_group_sizes(group_sizes, d_sae)
-        details = {**details, "matryoshka_widths": list(accumulate(group_sizes))}
-    cfg = {
-        "architecture": "jumprelu",
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "dtype": dtype_to_str(raw["W_enc"].dtype),
-        "apply_b_dec_to_input": apply_b_dec_to_input,
-        "normalize_activations": normalize_activations,
-        "metadata": {
-            **metadata,
-            "prepend_bos": True,
-            "training_architecture_details": details,
-            "sae_lens_training_version": None,
-            "sae_lens_version": sae_lens.__version__,  # the form of this config
-        },
-    }
-    return cfg, state_dict
-
-
-def with_overrides(cfg: Config, overrides: Mapping[str, Any]) -> Config:
-    """`cfg` with what SAELens' table of releases says of it, each value in its place."""
-    metadata = {name: value for name, value in overrides.items() if name in LLM_METADATA_KEYS}
-    others = {name: value for name, value in overrides.items() if name not in LLM_METADATA_KEYS}
-    return {**cfg, **others, "metadata": {**cfg["metadata"], **metadata}}
-
-
-def _check_group_sizes(sizes: Any, d_sae: int) -> None:
-    accepted = f"give positive integers that sum to the {d_sae} latents of the dictionary"
-    if not isinstance(sizes, list) or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
-    ):
-        raise ValueError(f"group_sizes={sizes!r} is not accepted: {accepted}.")
-    if sum(sizes) != d_sae:
-        raise ValueError(
-            f"group_sizes={sizes} is not accepted, its sum is {sum(sizes)}: {accepted}."
-        )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the library it is built on
     LocalEntryNotFoundError,
@@ -25,11 +23,10 @@ from sae_lens import SAE
 from sae_lens.constants import TRAINER_STATE_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import (
     NAMED_PRETRAINED_SAE_LOADERS,
-    PretrainedSaeDiskLoader,
-    PretrainedSaeHuggingfaceLoader,
     get_conversion_loader_name,
 )
 from sae_lens.loading.pretrained_saes_directory import (
+    get_config_overrides,
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
 )
@@ -40,15 +37,17 @@ from sae_lens_matryoshka.hub.formats import (
     SAELENS,
     Config,
     Format,
+    OnlyFromHubError,
     StateDict,
+    read_checkpoint,
     read_json,
     read_pickle,
-    with_overrides,
 )
 from sae_lens_matryoshka.levels.slicing import set_widths
+from sae_lens_matryoshka.util.suggest import did_you_mean
 
 _CHANIND_WIDTHS = [128, 512, 2048, 8192, 32768]
-# Widths and k that only the README of a repository tells; each is its own source.
+# Widths and k that only the README of each repository gives.
 _FROM_READMES = {
     "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40": (_CHANIND_WIDTHS, 40),
     "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60": (_CHANIND_WIDTHS, 60),
@@ -67,38 +66,38 @@ def load_sae(
 ) -> SAE[Any]:
     """Load an SAE as SAELens does, keeping its level widths.
 
-    Reads what SAELens (any version), dictionary_learning (`ae.pt`), the paper's own code
-    (bartbussmann/matryoshka_sae, `sae.pt`) and Gemma Scope 2 (`params.safetensors`) have written,
-    from the Hub or a folder, and every other release of SAELens as SAELens does. A pickle is read
-    with `weights_only=True`, so it never runs code.
+    Reads the formats of SAELens (any version), dictionary_learning (`ae.pt`), the paper's own code
+    (bartbussmann/matryoshka_sae, `sae.pt`) and Gemma Scope 2 (`params.safetensors`), from the Hub
+    or a folder, and every other release of SAELens as SAELens does. A pickle is loaded with
+    `weights_only=True`, so it never runs code.
 
     Args:
-        release_or_dir: With `sae_id`, a release of SAELens or a repository of the Hub; without, a
-            folder.
+        release_or_dir: A folder; with `sae_id`, a release of SAELens or a repository on the Hub.
         sae_id: The SAE's id in the release, or its folder in the repository.
-        matryoshka_widths: Level widths for an SAE that does not say its own, or instead of them.
-        device: Where to put the weights.
-        dtype: As SAELens names it; left out, float32 from the Hub and as saved from a folder.
+        matryoshka_widths: Level widths, for an SAE that has none or to replace them.
+        device: Of the weights.
+        dtype: As SAELens names it; by default float32 from the Hub, and as saved from a folder.
 
     Returns:
-        SAELens' SAE of the class that the checkpoint asks for, its widths in
+        An SAE of SAELens' class for the checkpoint, its widths in
         `cfg.metadata.training_architecture_details["matryoshka_widths"]`; see `levels.widths_of`.
 
     Raises:
-        ValueError: there is no such release, repository, id or folder (near names are given), the
-            files are broken or hold no SAE, or the widths don't fit.
-        PermissionError: the Hub wants a token, or another one.
-        ConnectionError: the Hub can't be reached, or failed.
+        ValueError: there is no such release, repository, id or folder (similar names are given),
+            the files are broken or hold no SAE, or the widths do not fit.
+        PermissionError: the Hub needs a token, or another one.
+        ConnectionError: the Hub can't be reached, or fails.
     """
-    options = {"device": str(device)} | ({"dtype": dtype} if dtype is not None else {})
+    options: dict[str, Any] = {"device": str(device)}
+    if dtype is not None:
+        options["dtype"] = dtype
     if sae_id is None:
-        repo_id = None
-        sae = _from_folder(Path(release_or_dir), options)
+        repo_id, sae = None, _from_folder(Path(release_or_dir), options)
     else:
         release, sae_id = str(release_or_dir), sae_id.strip("/")
-        repo_id, _ = repo_and_folder(release, sae_id)
-        with _errors_naming_source(repo_id, sae_id):
-            sae = _from_hub(release, sae_id, options)
+        repo_id, folder = repo_and_folder(release, sae_id)
+        with _built_in_errors(repo_id, sae_id):
+            sae = _from_hub(release, sae_id, repo_id, folder, options)
     if matryoshka_widths is not None:
         set_widths(sae, matryoshka_widths)
     elif repo_id in _FROM_READMES:
@@ -113,20 +112,17 @@ def load_sae(
     return sae
 
 
-def _from_folder(folder: Path, options: dict[str, str]) -> SAE[Any]:
+def _from_folder(folder: Path, options: dict[str, Any]) -> SAE[Any]:
     if not folder.is_dir():
         raise ValueError(_missing_folder_message(folder))
-    if _is_in_training(folder):
-        raise ValueError(
-            f"{folder} is a checkpoint of a training, not a finished SAE. Load it with "
-            "sae_lens.TrainingSAE.load_from_disk; `levels.truncate` takes that too."
-        )
     for layout in FORMATS:
-        if (folder / layout.config).is_file() and (folder / layout.weights).is_file():
-            converter = {} if layout.read is None else {"converter": _disk_loader(layout)}
-            with _errors_naming_source(str(folder)):
-                read_json(folder / layout.config)
-                return SAE.load_from_disk(folder, **options, **converter)  # type: ignore[arg-type]
+        config, weights = folder / layout.config, folder / layout.weights
+        if config.is_file() and weights.is_file():
+            with _built_in_errors(str(folder)):
+                _check_not_in_training(config)
+                if layout is SAELENS:
+                    return SAE.load_from_disk(folder, **options)
+                return _read(layout, config, weights, options)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds no SAE: {_LAYOUTS}; found {found}.")
 
@@ -138,100 +134,83 @@ def _missing_folder_message(path: Path) -> str:
     if known is not None:
         return f"The release {str(path)!r} needs an SAE's id as well{_near('', known.saes_map)}"
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [*beside, *_known_releases()], n=3, cutoff=0.7)
-    return f"There is no folder {str(path)!r}; to load from the Hub, give an SAE's id as well" + (
-        _near(path.name, near) if near else "."
-    )
+    hint = did_you_mean(path.name, [*beside, *_known_releases()], cutoff=0.7)
+    return f"There is no folder {str(path)!r}; to load from the Hub, give an SAE's id as well{hint}"
 
 
-def _is_in_training(folder: Path) -> bool:
-    if (folder / TRAINER_STATE_FILENAME).exists():
-        return True
-    if not (folder / SAELENS.config).is_file():
-        return False
-    with _errors_naming_source(str(folder)):
-        architecture = read_json(folder / SAELENS.config).get("architecture")
-    return architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY
+def _check_not_in_training(config: Path) -> None:
+    architecture = read_json(config).get("architecture")
+    only_trains = SAE_TRAINING_CLASS_REGISTRY.keys() - SAE_CLASS_REGISTRY.keys()
+    if config.with_name(TRAINER_STATE_FILENAME).exists() or architecture in only_trains:
+        raise ValueError(
+            "this is a training checkpoint, not an SAE saved for inference. Load it with "
+            "sae_lens.TrainingSAE.load_from_disk; `levels.truncate` takes that too."
+        )
 
 
-def _from_hub(release: str, sae_id: str, options: dict[str, str]) -> SAE[Any]:
-    repo_id, folder = repo_and_folder(release, sae_id)
+def _read(
+    layout: Format, config: Path, weights: Path, options: dict[str, Any], **overrides: Any
+) -> SAE[Any]:
+    """The SAE in two files of a format that SAELens does not read from disk."""
+
+    def converter(path: Any, device: str, cfg_overrides: Config | None) -> tuple[Config, StateDict]:
+        fields = {**overrides, "device": device, **(cfg_overrides or {})}
+        return read_checkpoint(layout, config, weights, fields)
+
+    return SAE.load_from_disk(config.parent, **options, converter=converter)
+
+
+def _from_hub(
+    release: str, sae_id: str, repo_id: str, folder: str, options: dict[str, Any]
+) -> SAE[Any]:
+    def download(name: str) -> Path:
+        return Path(hf_hub_download(repo_id, f"{folder}/{name}"))
+
     if release in get_pretrained_saes_directory():
         loader = get_conversion_loader_name(release)
         layout = next((layout for layout in FORMATS if layout.loader == loader), None)
+        if layout is None:
+            return SAE.from_pretrained(release, sae_id, **options)
     else:
         layout = _layout_of(repo_id, folder)
-    if layout is not None and layout.read is None:  # SAELens' error would not name the file
-        read_json(Path(hf_hub_download(repo_id, f"{folder}/{layout.config}")))
-    converter = None if layout is None or layout.read is None else _hub_loader(layout)
+    try:
+        config = download(layout.config)
+    except EntryNotFoundError as error:
+        # SAELens infers some configurations that are not in the repository.
+        if layout.loader is None or isinstance(error, LocalEntryNotFoundError):
+            raise
+    else:
+        if layout is SAELENS:
+            read_json(config)  # SAELens' error would not name the file
+        else:
+            options = {"dtype": "float32", **options}
+            overrides = get_config_overrides(release, sae_id)
+            with suppress(OnlyFromHubError):
+                return _read(layout, config, download(layout.weights), options, **overrides)
+    assert layout.loader is not None
+    if layout.weights.endswith(".pt"):
+        # SAELens leaves the choice of weights_only to PyTorch, so the pickle is checked before.
+        read_pickle(download(layout.weights))
+    converter = NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
     with warnings.catch_warnings():
         # SAELens recommends its own names for a repository; ours finds the same either way.
         warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace")
-        return SAE.from_pretrained(release, sae_id, **options, converter=converter)  # type: ignore
+        return SAE.from_pretrained(release, sae_id, **options, converter=converter)
 
 
 def _layout_of(repo_id: str, folder: str) -> Format:
     """The format of an SAE in a repository that SAELens has no entry for, by its weights."""
     failure: EntryNotFoundError | None = None
     for layout in FORMATS:
-        unanswered = isinstance(failure, LocalEntryNotFoundError)
+        is_offline = isinstance(failure, LocalEntryNotFoundError)
         try:
-            # Where the Hub is down, the rest is asked of the cache alone.
-            hf_hub_download(repo_id, f"{folder}/{layout.weights}", local_files_only=unanswered)
-        except EntryNotFoundError as error:
-            failure = failure if unanswered else error
-        else:
+            # If the Hub does not answer, only the cache is searched for the other formats.
+            hf_hub_download(repo_id, f"{folder}/{layout.weights}", local_files_only=is_offline)
             return layout
+        except EntryNotFoundError as error:
+            failure = failure if is_offline else error
     assert failure is not None
     raise failure
-
-
-def _disk_loader(layout: Format) -> PretrainedSaeDiskLoader:
-    def load(
-        path: str | Path, device: str, cfg_overrides: Config | None
-    ) -> tuple[Config, StateDict]:
-        assert layout.read is not None
-        cfg, state_dict = layout.read(Path(path) / layout.config, Path(path) / layout.weights)
-        return with_overrides(cfg, {"device": device, **(cfg_overrides or {})}), state_dict
-
-    return load
-
-
-def _hub_loader(layout: Format) -> PretrainedSaeHuggingfaceLoader:
-    def load(
-        repo_id: str,
-        folder_name: str,
-        device: str,
-        force_download: bool,
-        cfg_overrides: Config | None,
-    ) -> tuple[Config, StateDict, torch.Tensor | None]:
-        def download(name: str) -> Path:
-            path = f"{folder_name}/{name}"
-            return Path(hf_hub_download(repo_id, path, force_download=force_download))
-
-        try:
-            config = download(layout.config)
-        except EntryNotFoundError as error:
-            # SAELens infers some configurations that are not there.
-            if layout.loader is None or isinstance(error, LocalEntryNotFoundError):
-                raise
-            config = None
-        if config is not None and layout.reads(read_json(config)):
-            assert layout.read is not None
-            cfg, state_dict = layout.read(config, download(layout.weights))
-            return (
-                with_overrides(cfg, {"device": device, **(cfg_overrides or {})}),
-                state_dict,
-                None,
-            )
-        assert layout.loader is not None
-        if layout.weights.endswith(".pt"):
-            # SAELens leaves the choice of weights_only to PyTorch, so the pickle is checked before.
-            read_pickle(download(layout.weights))
-        loader = NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
-        return loader(repo_id, folder_name, device, force_download, cfg_overrides)
-
-    return load
 
 
 _LAYOUTS = "accepted: " + ", or ".join(
@@ -240,7 +219,11 @@ _LAYOUTS = "accepted: " + ", or ".join(
 
 
 def repo_and_folder(release: str, sae_id: str) -> tuple[str, str]:
-    """Repository and folder of an SAE, its names checked as far as SAELens' table goes."""
+    """Repository and folder of an SAE.
+
+    Raises:
+        ValueError: SAELens' table of releases has no such release, or no such id in it.
+    """
     known = get_pretrained_saes_directory().get(release)
     if known is None and "/" not in release:
         raise ValueError(
@@ -261,17 +244,16 @@ def _known_releases() -> list[str]:
 
 def _near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence about `name`: the nearest of `names`, or the first of them."""
-    names = [known for known in names if known != name]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return "; did you mean " + " or ".join(map(repr, near)) + "?"
-    others = " and others" if len(names) > 3 else ""
-    return f"; there is {', '.join(map(repr, names[:3]))}{others}." if names else "."
+    quoted = [repr(known) for known in names if known != name]
+    hint = did_you_mean(repr(name), quoted, cutoff=0.5)
+    if hint != "." or not quoted:
+        return hint
+    return f"; there is {', '.join(quoted[:3])}{' and others' if len(quoted) > 3 else ''}."
 
 
 @contextmanager
-def _errors_naming_source(source: str, sae_id: str | None = None) -> Iterator[None]:
-    """What the Hub's client, SAELens and the readers raise, as one of three built-in errors."""
+def _built_in_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
+    """Turn errors of the Hub's client, SAELens and the readers into those that `load_sae` names."""
     where = source if sae_id is None else f"{source} {sae_id}"
     try:
         yield
@@ -285,33 +267,40 @@ def _errors_naming_source(source: str, sae_id: str | None = None) -> Iterator[No
             f"There is no repository {source!r} on the Hub, or it is private and HF_TOKEN or "
             f"`hf auth login` gives no access to it{_near(source, _known_releases())}"
         ) from error
-    except (LocalEntryNotFoundError, requests.RequestException) as error:
-        raise hub_error(where, error) from error
     except EntryNotFoundError as error:
-        there = _ids_in(source)
-        if sae_id in there:
-            url = str(getattr(getattr(error, "response", None), "url", ""))
-            raise ValueError(
-                f"{where} lacks {url.rpartition('/')[2]}, so there is no SAE ({_LAYOUTS})."
-            ) from error
-        raise ValueError(
-            f"The repository {source!r} has no SAE {sae_id!r}{_near(str(sae_id), there)} "
-            f"({_LAYOUTS})"
-        ) from error
-    except (HfHubHTTPError, HTTPError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise hub_error(where, error) from error
+        sae_ids = _sae_ids_in(source)
+        if sae_id not in sae_ids:
+            near = _near(str(sae_id), sae_ids)
+            message = f"The repository {source!r} has no SAE {sae_id!r}{near} ({_LAYOUTS})"
+        else:
+            file = str(getattr(getattr(error, "response", None), "url", "")).rpartition("/")[2]
+            message = f"{where} lacks {file}, so there is no SAE ({_LAYOUTS})."
+        raise ValueError(message) from error
+    except (HTTPError, requests.RequestException) as error:
         raise hub_error(where, error) from error
     except OSError:
         raise  # the disk, not the SAE
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    except Exception as error:  # from the bytes of a file, through any of SAELens' loaders
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise ValueError(f"{where} can't be read: {reason or type(error).__name__}.") from error
+    except Exception as error:  # SAELens' loaders can raise anything for a broken file
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = " ".join(line.strip() for line in lines[:2]).removesuffix(".")
+        raise ValueError(f"{where} can't be read: {reason}.") from error
 
 
 def hub_error(where: str, error: BaseException) -> OSError | ValueError:
-    """The built-in error for a request to the Hub that failed: `PermissionError` where a token
-    would help, `ValueError` where the Hub takes no such request, else `ConnectionError`."""
+    """The built-in error for a failed request to the Hub.
+
+    Args:
+        where: The repository, or the SAE in it.
+        error: Of the Hub's client, or of what it is built on.
+
+    Returns:
+        `PermissionError` where a token would help, `ValueError` where the Hub rejects the request,
+        else `ConnectionError`.
+    """
     status = None
     cause: BaseException | None = error
     while cause is not None and status is None:
@@ -326,12 +315,12 @@ def hub_error(where: str, error: BaseException) -> OSError | ValueError:
     if status is None:
         return ConnectionError(f"The Hub can't be reached for {where}: {reason}")
     if status in (400, 409, 413, 422):
-        return ValueError(f"The Hub does not accept this for {where} (status {status}): {reason}")
+        return ValueError(f"The Hub rejected the request for {where} (status {status}): {reason}")
     return ConnectionError(f"The Hub failed for {where} (status {status}): {reason}")
 
 
-def _ids_in(repo_id: str) -> list[str]:
-    """Folders of a repository that hold an SAE; none where the Hub doesn't say."""
+def _sae_ids_in(repo_id: str) -> list[str]:
+    """Folders of a repository that hold an SAE; none where the Hub does not answer."""
     try:
         files = HfApi().list_repo_files(repo_id)
     except (HTTPError, OSError):

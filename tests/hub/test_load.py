@@ -13,14 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import _http
 from sae_lens import SAE, JumpReLUSAE
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
@@ -40,7 +37,7 @@ from tests.checkpoints import (
     random_weights,
     under,
 )
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import LoopbackHub, use_cache
 
 REPO = "ann/saes"
 LAYER = "resid_post/layer_12_width_16k_l0_medium"  # Gemma Scope 2's name for a folder
@@ -113,11 +110,7 @@ def activations() -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The client's cache, new for each test; its retries don't wait."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
-    return tmp_path / "cache"
+    return use_cache(monkeypatch, tmp_path / "cache")
 
 
 Load = Callable[..., SAE[Any]]
@@ -337,10 +330,10 @@ def _broken() -> dict[str, tuple[Files, str]]:
             ("of old, truncated", legacy[:-100], "is broken"),
             ("of old, truncated early", legacy[: legacy.index(b"X") + 3], "is broken"),
             ("empty", b"", "is broken"),
-            ("of Git LFS", pointer, "was refused unread"),
+            ("of Git LFS", pointer, "was not unpickled"),
             ("of other text", b"jpeg", "is"),
             ("with a list", pickled([1, 2]), "holds no state dict"),
-            ("with a module", pickled(torch.nn.ReLU()), "was refused unread: it asks to run torch"),
+            ("with a module", pickled(torch.nn.ReLU()), "was not unpickled: it would run torch"),
         ):
             add(label, files, file, data, f"{file} {said}")
         for name, tensor in (
@@ -363,7 +356,7 @@ def _broken() -> dict[str, tuple[Files, str]]:
             add(f"{file} {data[-9:]!r}", files, "config.json", data, "config.json is not JSON")
         add(f"{file} a list", files, "config.json", b"[1]", "config.json holds no JSON object")
     buffer = pickled({**raw, "group_sizes": torch.tensor([3, 5])})
-    add("with group_sizes [3, 5]", DICTIONARY_LEARNING, "ae.pt", buffer, "sum is 8")
+    add("with group_sizes [3, 5]", DICTIONARY_LEARNING, "ae.pt", buffer, "sum to d_sae=20")
     for config, said in (
         ({"buffer": {}}, "trainer"),
         ({"trainer": "text"}, "trainer"),
@@ -425,7 +418,7 @@ def test_a_pickle_never_runs_code(
     make: Callable[..., Files] | str, load: Load, hub: LoopbackHub, cache: Path, tmp_path: Path
 ) -> None:
     ran = tmp_path / "ran"
-    code, said = made.CodeRunning(ran), "it asks to run posix.mkdir"
+    code, said = made.CodeRunning(ran), "it would run posix.mkdir"
     for weights in ({**one_threshold(), "extra": code}, {"W_enc": code}):
         if isinstance(make, str):
             files = made.dictionary_learning(weights, dict_class=make)
@@ -505,7 +498,7 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
         ({}, "holds no SAE: accepted: cfg.json with"),
         ({}, "found nothing"),
         ({"README.md": b"", "ae.pt": b""}, "found README.md, ae.pt"),
-        ({**SAELENS_6, "trainer_state.pt": b""}, "checkpoint of a training, not"),
+        ({**SAELENS_6, "trainer_state.pt": b""}, "is a training checkpoint, not"),
         ({**GEMMA_SCOPE_2, "config.json": transcoder}, "'model.layers.12.mlp.input' is not accept"),
     ):
         folder = placed(files, tmp_path / said[:8])
@@ -524,7 +517,7 @@ def test_sae_in_training_is_not_a_finished_one(tmp_path: Path) -> None:
     """Saved without a trainer's state, it is told by its architecture."""
     cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3)
     MatryoshkaTrainingSAE(cfg).save_model(tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint of a training.*TrainingSAE\.load_from_disk"):
+    with pytest.raises(ValueError, match=r"training checkpoint.*TrainingSAE\.load_from_disk"):
         load_sae(tmp_path)
 
 
@@ -651,3 +644,33 @@ def test_disk_that_is_full(hub: LoopbackHub, cache: Path) -> None:
     )
     assert done.stdout.splitlines() == [f"OSError {errno.EFBIG}"] * 2 + ["256"], done.stderr
     assert_whole(hub, cache)
+
+
+IMPORTS = """
+import sys
+from types import ModuleType
+
+import torch
+
+# Registering the architectures, which needs their classes, is not part of loading.
+registration = ModuleType("registration")
+registration.register_architectures = lambda: None
+sys.modules["sae_lens_matryoshka.training.registration"] = registration
+
+from sae_lens_matryoshka import decode_levels, load_sae, truncate
+
+decode_levels(truncate(load_sae(sys.argv[1]), 3), torch.ones(2, 3))
+print(*sys.modules)
+"""
+
+
+def test_loading_imports_no_kernel_and_no_training_class(tmp_path: Path) -> None:
+    folder = placed(SAELENS_6, tmp_path / "sae")
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTS, str(folder)]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    package = "sae_lens_matryoshka."
+    ours = {name.removeprefix(package) for name in imported if name.startswith(package)}
+    assert {"hub.load", "levels.slicing"} <= ours
+    assert not [name for name in ours if name.startswith("kernels")]
+    of_training = {"training", "training.latent_order", "training.registration", "training.widths"}
+    assert {name for name in ours if name.startswith("training")} == of_training

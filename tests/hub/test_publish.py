@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants, file_download
-from huggingface_hub.utils import _http
+from huggingface_hub import ModelCard
 from sae_lens import SAE, JumpReLUSAE
 from safetensors.torch import load_file
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, load_sae
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, cli, load_sae
 from sae_lens_matryoshka.hub.publish import publish, write_publication
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import LevelStats
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
-from sae_lens_matryoshka.util.files import atomic_file, atomic_folder
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import LoopbackHub, use_cache
 from tests.tiny import D_MODEL, runner_config, tiny_model, token_dataset
 
 REPO, HOOK, WIDTHS = "ann/saes", "blocks.1.hook_resid_pre", [4, 12, 32]
@@ -51,10 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's cache, new for each test; its retries don't wait."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    use_cache(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -71,6 +65,14 @@ def with_metadata(run: Path, folder: Path, **metadata: Any) -> Path:
     cfg["metadata"] |= metadata
     (folder / "cfg.json").write_text(json.dumps(cfg))
     return folder
+
+
+@pytest.mark.parametrize("more", [[], ["--with-levels"]])
+def test_loads_the_sae_once(run: Path, tmp_path: Path, more: list[str]) -> None:
+    words = ["publish", str(run), REPO, "--dry-run", "--out", str(tmp_path / "out"), *more]
+    with mock.patch.object(SAE, "load_from_disk", wraps=SAE.load_from_disk) as load:
+        assert cli.main(words) == 0
+    assert load.call_count == 1
 
 
 def run_code_of(card: str) -> dict[str, Any]:
@@ -114,8 +116,8 @@ def test_private_repository(
     assert widths_of(load_sae(REPO, "sae")) == WIDTHS
     for token in ("", ann.add_user("bob")):
         monkeypatch.setenv("HF_TOKEN", token)
-        # The client would take a cached file of a repository that it no longer finds
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache of {token}"))
+        # The client would take a cached file of a repository that it no longer finds.
+        use_cache(monkeypatch, tmp_path / f"cache of {token}")
         with pytest.raises(ValueError, match=r"it is private and HF_TOKEN or `hf auth login`"):
             load_sae(REPO, "sae")
         with pytest.raises(PermissionError, match="hf auth login"):
@@ -331,51 +333,3 @@ def test_full_disk_leaves_nothing(run: Path, tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "File too large" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_whole_folder_keeps_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "there"
-    for before in ([], [path, path / "old"]):
-        if before:
-            path.mkdir()
-            (path / "old").write_text("old")
-        with pytest.raises(error), atomic_folder(path) as unfinished:  # noqa: PT012
-            (unfinished / "new").write_text("half")
-            raise error
-        assert list(tmp_path.rglob("*")) == before
-
-
-def test_whole_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "there"
-    for name in ("first", "second"):
-        killed = path.with_name(".there.unfinished")
-        killed.mkdir(parents=True)
-        (killed / "left behind").touch()
-        with atomic_folder(path) as unfinished:
-            assert path.exists() == (name == "second")
-            (unfinished / name).write_text(name)
-        assert [file.name for file in path.iterdir()] == [name]
-        assert list(path.parent.iterdir()) == [path]
-
-
-def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    link, pipe = tmp_path / "link", tmp_path / "pipe"
-    link.symlink_to("real")
-    for text in ("first", "second"):
-        with atomic_folder(link) as unfinished:
-            (unfinished / "file").write_text(text)
-        assert (tmp_path / "real" / "file").read_text() == text
-    (tmp_path / "target").write_text("old")
-    (tmp_path / "to_file").symlink_to("target")
-    with atomic_file(tmp_path / "to_file") as unfinished:
-        unfinished.write_text("new")
-    assert (tmp_path / "target").read_text() == "new"
-    os.mkfifo(pipe)
-    with atomic_file(pipe) as unfinished:
-        assert unfinished == pipe
-    assert link.is_symlink()
-    assert (tmp_path / "to_file").is_symlink()
-    assert pipe.is_fifo()
-    assert len(list(tmp_path.iterdir())) == 5

@@ -56,8 +56,8 @@ def test_checkpoint_loads_for_training():
     weights = sae.state_dict()
     assert "firing_rates" in stored
     assert weights.keys() == stored.keys()
-    for name, tensor in stored.items():
-        assert torch.equal(weights[name], tensor), name
+    for name, tensor in stored.items():  # SAELens casts the threshold to the SAE's dtype
+        assert torch.equal(weights[name], tensor.to(weights[name])), name
     expected = MatryoshkaTrainingSAEConfig(**OPTIONS)
     for name in OPTIONS:
         assert getattr(sae.cfg, name) == getattr(expected, name), name
