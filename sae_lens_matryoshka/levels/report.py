@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,27 +25,17 @@ _COLUMNS = {
 
 def level_table(rows: Sequence[LevelStats]) -> str:
     """The levels as a Markdown table, with the columns that were measured."""
-    columns = {
-        name: column
-        for name, column in _COLUMNS.items()
-        if any(getattr(row, name) is not None for row in rows)
-    }
-    cells = [
-        [
-            "" if (value := getattr(row, name)) is None else format(value, spec)
-            for name, (_, spec) in columns.items()
-        ]
-        for row in rows
-    ]
-    return markdown_table([title for title, _ in columns.values()], cells, n_text=0)
+    columns = _measured(_COLUMNS, rows)
+    cells = [[_cell(getattr(row, name), spec) for name, (_, spec) in columns] for row in rows]
+    return markdown_table([title for _, (title, _) in columns], cells, n_text=0)
 
 
 def level_note(rows: Sequence[LevelStats], data: str) -> str:
-    """A sentence on what the levels were measured on, to stand below the table.
+    """A sentence on what the levels were measured on, for below the table.
 
     Args:
         rows: What `level_table` shows.
-        data: What the activations are of.
+        data: Name of the texts or activations.
     """
     last = rows[-1]
     if last.n_tokens is None:
@@ -53,43 +43,30 @@ def level_note(rows: Sequence[LevelStats], data: str) -> str:
     error = "" if last.l0_error is None else f", ± {last.l0_error:.2g} for the whole SAE"
     return (
         f"Measured on {last.n_tokens:,} tokens of {data}. L0 is the mean number of active latents "
-        f"per token of the SAE as it is saved{error} (standard error); a latent is dead if none of "
-        "these tokens activated it."
+        f"per token of the saved SAE{error} (standard error); a latent is dead if none of these "
+        "tokens activates it."
     )
 
 
 def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None:
-    """Draw what was measured of the levels against their width, to a file that is whole or absent.
+    """Plot what was measured of the levels against their width; the file is written whole or not.
 
     Args:
         path: PNG, PDF or SVG file to write.
         rows: Levels that were measured on activations.
         title: Of the figure: which SAE it is.
     """
-    curves = [
-        (name, label, spec)
-        for name, label, spec in (
-            ("l0", "L0", ".2f"),
-            ("explained_variance", "variance explained", ".3f"),
-            ("ce_recovered", "CE loss recovered", ".3f"),
-        )
-        if getattr(rows[-1], name) is not None
-    ]
+    curves = _measured(("l0", "explained_variance", "ce_recovered"), rows[-1:])
     figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
     widths = [row.width for row in rows]
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (name, label, spec) in zip(axes, curves, strict=True):
+    for axis, (name, (label, spec)) in zip(axes, curves, strict=True):
         values = [getattr(row, name) for row in rows]
         axis.plot(widths, values, "o-", color="tab:orange")
-        for width, value in zip(widths, values, strict=True):
-            axis.annotate(
-                format(value, spec),
-                (width, value),
-                xytext=(0, -14),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+        for point in zip(widths, values, strict=True):
+            text = format(point[1], spec)
+            offset = {"xytext": (0, -14), "textcoords": "offset points"}
+            axis.annotate(text, point, **offset, ha="center", fontsize=8)
         axis.set(xscale="log", xlabel="width of the level (latents)", ylabel=label)
         axis.set_xticks(widths, [str(width) for width in widths])
         axis.minorticks_off()
@@ -97,3 +74,18 @@ def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None
     figure.suptitle(title)
     with atomic_file(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
+
+
+def _measured(
+    names: Iterable[str], rows: Sequence[LevelStats]
+) -> list[tuple[str, tuple[str, str]]]:
+    """Name, title and format of the measures that any level has."""
+    return [
+        (name, _COLUMNS[name])
+        for name in names
+        if any(getattr(row, name) is not None for row in rows)
+    ]
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

@@ -10,38 +10,28 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import SAE, TrainingSAE
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_matryoshka.training.latent_order import LATENT_DIM
 from sae_lens_matryoshka.training.widths import resolve_widths
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
-# The latent dimension of each tensor of a SAELens SAE; None where it has none.
-_LATENT_DIM = {
-    **LATENT_DIM,
-    "b_dec": None,
-    "b_gate": 0,  # gated
-    "b_mag": 0,
-    "r_mag": 0,
-}
-# Metadata that SAELens measured on the whole SAE in training; a level would have other values.
-_WHOLE_SAE_METRICS = ("l0", "num_dead_features")
+# The latent dimension of each tensor of SAELens' SAEs, the gated one's included
+_LATENT_DIM = {**LATENT_DIM, "b_dec": None, "b_gate": 0, "b_mag": 0, "r_mag": 0}
 
 
 def widths_of(sae: SAE[Any]) -> list[int]:
     """The level widths of an SAE, smallest first; the last one is d_sae.
 
     Args:
-        sae: Any SAE of SAELens: a training SAE, one saved by SAELens 6.46 or later, or one that
-            `load_sae` or `truncate` returned.
+        sae: A training SAE, one saved by SAELens 6.46 or later, or one that `load_sae` or
+            `truncate` returned.
 
     Raises:
         ValueError: `sae` has no level widths.
     """
-    widths = getattr(sae.cfg, "matryoshka_widths", None)
-    if widths is None:
-        details = sae.cfg.metadata.training_architecture_details or {}
-        widths = details.get("matryoshka_widths")
+    details = sae.cfg.metadata.training_architecture_details or {}
+    widths = getattr(sae.cfg, "matryoshka_widths", None) or details.get("matryoshka_widths")
     if not widths:
         raise ValueError(
             f"This {type(sae).__name__} of {sae.cfg.d_sae} latents has no level widths: "
@@ -61,7 +51,7 @@ def set_widths(sae: SAE[Any], widths: Sequence[int], **details: Any) -> None:
         details: More entries for `metadata.training_architecture_details`, such as `k`.
 
     Raises:
-        ValueError: `widths` are not accepted, or differ from those that a training SAE trains with.
+        ValueError: `widths` are not accepted, or differ from the config of a training SAE.
     """
     resolved = resolve_widths(widths, sae.cfg.d_sae)
     if getattr(sae.cfg, "matryoshka_widths", resolved) != resolved:
@@ -80,15 +70,15 @@ def set_widths(sae: SAE[Any], widths: Sequence[int], **details: Any) -> None:
 def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     """The first `width` latents of `sae` as an SAE.
 
-    Its class is that of `sae`, or the one that a training SAE is saved as. It shares the storage of
-    its weights with an inference SAE and copies those of a training SAE. SAELens' `fold_…` methods
-    write in place, so to every SAE that shares the storage: fold before truncating, or fold a
+    Its class is that of `sae`, or the one that a training SAE is saved as. It shares the weights of
+    an inference SAE and copies those of a training SAE. SAELens' `fold_…` methods write in place
+    and so change every SAE that shares the weights: fold before truncating, or fold a
     `copy.deepcopy`.
 
-    It encodes to the first `width` codes of `sae`. Only a TopK SAE chooses again: the k largest of
-    its `width` pre-activations, or all of them where `width` is less than k.
+    It encodes to the first `width` codes of `sae`, except that a TopK SAE selects anew: the k
+    largest of its `width` pre-activations, or all of them if `width` is less than k.
 
-    Its metadata are those of `sae`, with the level widths up to `width`. `matryoshka_level` records
+    Its metadata is that of `sae`, with the level widths up to `width`. `matryoshka_level` records
     its origin: `width`, and `d_sae` and `matryoshka_widths` of the SAE that was truncated.
 
     Args:
@@ -124,7 +114,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     cfg.d_sae = width
     if hasattr(cfg, "k"):
         cfg.k = min(cfg.k, width)
-    _update_metadata(cfg, d_sae)
+    _update_metadata(cfg.metadata, width, d_sae)
 
     cfg.device = "meta"  # no storage until the slices are assigned
     sae_class: Any = SAE.get_sae_class_for_architecture(cfg.architecture())
@@ -159,9 +149,8 @@ def decode_levels(
     """Every level's reconstruction, at the cost of decoding once.
 
     Equals `truncate(sae, w).decode(feature_acts[..., :w])` for each width w; for a training SAE
-    with `latent_order="frequency"`, the w latents are the first of `sae.level_order()`. As with
-    `decode`, reshaping and normalisation are undone as the last `encode` applied them. Hooks don't
-    fire.
+    with `latent_order="frequency"`, the w latents are the first of `sae.level_order()`. As in
+    `decode`, the reshaping and normalisation of the last `encode` are undone. No hook fires.
 
     Args:
         sae: An inference or training SAE with level widths.
@@ -171,7 +160,7 @@ def decode_levels(
         Smallest level first; (levels, …, n_heads, d_head) for hook_z.
 
     Raises:
-        ValueError: `sae` has no level widths, or `feature_acts` has another last dimension.
+        ValueError: `sae` has no level widths, or the last dimension is not d_sae.
     """
     widths = widths_of(sae)
     if feature_acts.shape[-1] != sae.cfg.d_sae:
@@ -182,34 +171,33 @@ def decode_levels(
     acts, W_dec = feature_acts.to_dense(), sae.W_dec
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         acts = acts / W_dec.norm(dim=-1)
-    # The rest are options of this package's training SAEs.
+    # Options of this package's training SAEs
     if getattr(sae.cfg, "decoder_norm", None) == "unit":
         W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
-    order = sae.level_order() if hasattr(sae, "level_order") else None
-    if order is not None:
+    level_order = getattr(sae, "level_order", None)
+    if level_order is not None and (order := level_order()) is not None:
         acts, W_dec = acts[..., order], W_dec[order]
     increments = [acts[..., start:end] @ W_dec[start:end] for start, end in pairwise([0, *widths])]
     reconstructions = torch.stack(increments).cumsum(0) + sae.b_dec
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(reconstructions), sae.d_head)
 
 
-def _update_metadata(cfg: SAEConfig, d_sae: int) -> None:
-    """Make the metadata fit the SAE of `cfg`, truncated from one of `d_sae` latents."""
-    metadata = cfg.metadata
+def _update_metadata(metadata: SAEMetadata, width: int, d_sae: int) -> None:
+    """Make the metadata of an SAE of `d_sae` latents fit its first `width` latents."""
     details = metadata.training_architecture_details or {}
     widths = details.get("matryoshka_widths")
     # An SAE truncated twice keeps the origin that the first truncation recorded.
     origin = metadata.matryoshka_level or {"d_sae": d_sae, "matryoshka_widths": widths}
-    metadata.matryoshka_level = {**origin, "width": cfg.d_sae}
+    metadata.matryoshka_level = {**origin, "width": width}
     if widths:
-        details["matryoshka_widths"] = [*(w for w in widths if w < cfg.d_sae), cfg.d_sae]
-    if cfg.d_sae < d_sae:
-        for name in _WHOLE_SAE_METRICS:
-            metadata.__dict__.pop(name, None)
+        details["matryoshka_widths"] = [*(w for w in widths if w < width), width]
+    if width < d_sae:  # SAELens measured these on the whole SAE
+        for name in ("l0", "num_dead_features"):
+            vars(metadata).pop(name, None)
 
 
 def _make_contiguous(
     module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    """A state dict hook: W_enc of a level is a slice of columns, which safetensors can't save."""
+    """A state dict hook: safetensors can't save W_enc of a level, which is a slice of columns."""
     state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

@@ -19,7 +19,7 @@ from sae_lens_matryoshka.training.diagnosis import Measured
 from sae_lens_matryoshka.training.thresholds import k_of_training
 
 _CHUNK_ELEMENTS = 2**25
-_N_CHUNKS = 16  # that one tensor of activations is split into, for the standard error of L0
+_N_BATCHES = 16  # that a single tensor is split into, for the standard error of L0
 
 
 class LevelStats(NamedTuple):
@@ -28,15 +28,14 @@ class LevelStats(NamedTuple):
     Attributes:
         width: Number of latents.
         n_added: Latents that the previous level lacks.
-        max_cosine: For each latent, the largest cosine similarity of its decoder row with another
-            one of the level, averaged over the level; None for a level of one latent.
+        max_cosine: Mean over latents of the largest cosine similarity of the decoder row with
+            another one of the level; None for a level of one latent.
         decoder_norm: Mean norm of the decoder rows, in units of the activations.
         l0: Mean number of active latents per token, as the saved SAE encodes.
         explained_variance: 1 − E‖x − x̂‖² / E‖x − E x‖², as SAELens defines it.
         n_dead: Latents that no measured token activated.
-        ce_recovered: Share of the model's next-token loss that is kept with the reconstruction in
-            place of the activation; 0 is zero ablation, 1 the unchanged model (SAELens'
-            `ce_loss_score`).
+        ce_recovered: SAELens' `ce_loss_score`: 1 if the model's next-token loss does not change
+            when the reconstruction replaces the activation, 0 if it is as for zero ablation.
         l0_error: Standard error of `l0`, over the batches.
         n_tokens: Tokens that `l0` and `n_dead` were counted on.
     """
@@ -55,7 +54,7 @@ class LevelStats(NamedTuple):
 
 @torch.no_grad()
 def stats_from_weights(sae: SAE[Any]) -> list[LevelStats]:
-    """What the weights tell about the levels of an SAE, smallest first.
+    """Width, decoder norm and cosine similarities of each level, smallest first.
 
     Raises:
         ValueError: `sae` has no level widths.
@@ -97,44 +96,42 @@ def measure_levels(
             floating point or of another dimension.
     """
     rows = stats_from_weights(sae)
-    nested = levels(sae)
-    for level in nested:
-        level.turn_off_forward_pass_hook_z_reshaping()
+    nested = _levels_on_flat_activations(sae)
     norms = nested[-1].W_dec.norm(dim=-1)
-    firings = [torch.zeros(row.width, dtype=torch.int64, device=sae.device) for row in rows]
+    firings = torch.zeros(len(rows), len(norms), dtype=torch.int64, device=sae.device)
     variances = [ExplainedVarianceCalculator() for _ in rows]
-    n_tokens: list[int] = []  # of each batch
-    n_active: list[list[int]] = []  # of each batch and level
+    n_tokens, l0s = 0, []  # the L0 of each level, batch by batch
     if isinstance(batches, torch.Tensor):
         _check_activations(batches, sae.cfg.d_in)
-        batches = batches.flatten(0, -2).chunk(_N_CHUNKS)
+        batches = batches.flatten(0, -2).chunk(_N_BATCHES)
     for batch in tqdm(batches, desc="Measuring levels", total=n_batches, leave=False):
-        n_active.append([0] * len(rows))
+        fired = torch.zeros_like(firings)
         for x in _chunks(sae, batch):
-            for p, (acts, reconstruction) in enumerate(_encode_and_decode(nested, x)):
-                fired = (acts != 0).sum(0)
-                firings[p] += fired
-                n_active[-1][p] += int(fired.sum())
+            outputs = list(_encode_and_decode(nested, x))
+            for p, (acts, reconstruction) in enumerate(outputs):
+                fired[p, : rows[p].width] += (acts != 0).sum(0)
                 variances[p].add_batch(reconstruction, x)
-                if codes is not None and acts.shape[1] == sae.cfg.d_sae:
-                    tokens, latents = acts.nonzero(as_tuple=True)
-                    codes.add(acts[tokens, latents] * norms[latents], latents, len(x), len(norms))
-        n_tokens.append(batch[..., 0].numel())
-    if sum(n_tokens) == 0:
+            if codes is not None:
+                acts, _ = outputs[-1]
+                tokens, latents = acts.nonzero(as_tuple=True)
+                codes.add(acts[tokens, latents] * norms[latents], latents, len(x), len(norms))
+        firings += fired
+        if n_new := batch[..., 0].numel():
+            n_tokens += n_new
+            l0s.append(fired.sum(1) / n_new)
+    if n_tokens == 0:
         raise ValueError("there are no activations to measure the levels on.")
-    l0s = torch.tensor(n_active).sum(0) / sum(n_tokens)
-    errors = _standard_errors(torch.tensor(n_active), torch.tensor(n_tokens))
+    # One batch has no standard deviation.
+    errors = (torch.stack(l0s).std(0) / len(l0s) ** 0.5).tolist() if len(l0s) > 1 else None
     return [
         row._replace(
-            l0=l0.item(),
-            l0_error=error,
-            n_tokens=sum(n_tokens),
-            explained_variance=variance.compute(),
-            n_dead=int((counts == 0).sum()),
+            l0=(firings[p].sum() / n_tokens).item(),
+            l0_error=errors and errors[p],
+            n_tokens=n_tokens,
+            explained_variance=variances[p].compute(),
+            n_dead=int((firings[p, : row.width] == 0).sum()),
         )
-        for row, l0, error, variance, counts in zip(
-            rows, l0s, errors, variances, firings, strict=True
-        )
+        for p, row in enumerate(rows)
     ]
 
 
@@ -163,18 +160,23 @@ def measure_levels_in_model(
         ValueError: as `measure_levels`.
     """
     excluded = sae.cfg.metadata.exclude_special_tokens or False
-    batches = [store.get_batch_tokens() for _ in range(n_batches)]
-    activations = _activations(store, batches, _token_ids(excluded, model))
-    rows = measure_levels(sae, activations, n_batches, codes)
-    nested = levels(sae)
-    for level in nested:
-        level.turn_off_forward_pass_hook_z_reshaping()
-    variances = [ExplainedVarianceCalculator() for _ in rows]
-    losses = torch.zeros(2 + len(rows), dtype=torch.float64)
-    special = _token_ids(excluded or True, model)
-    for tokens in tqdm(batches, desc="Running the model with each level", leave=False):
-        is_counted = ~torch.isin(tokens, special.to(tokens.device))
-        losses += torch.tensor(_batch_losses(nested, model, tokens, is_counted, variances))
+    not_trained_on, not_counted = (_token_ids(e, model) for e in (excluded, excluded or True))
+    nested = _levels_on_flat_activations(sae)
+    variances = [ExplainedVarianceCalculator() for _ in nested]
+    losses = torch.zeros(2 + len(nested), dtype=torch.float64)
+
+    def activations() -> Iterator[Float[torch.Tensor, "tokens d_in"]]:
+        """Those that training would see; each batch adds to `variances` and `losses`."""
+        for _ in range(n_batches):
+            tokens = store.get_batch_tokens()
+            is_counted = ~torch.isin(tokens, not_counted.to(tokens.device))
+            x, batch_losses = _run_model(nested, model, tokens, is_counted, variances)
+            losses.add_(torch.tensor(batch_losses))
+            positions = slice(*store.seqpos_slice)
+            is_seen = ~torch.isin(tokens[:, positions], not_trained_on.to(tokens.device))
+            yield x[:, positions][is_seen.to(x.device)]
+
+    rows = measure_levels(sae, activations(), n_batches, codes)
     unchanged, ablated, *with_level = losses
     return [
         row._replace(
@@ -191,10 +193,10 @@ def measured_of(
     codes: CodeStats,
     baseline_explained_variance: float | None = None,
 ) -> Measured:
-    """What `diagnose` takes, from the measured levels of an SAE.
+    """The input of `diagnose`, from the measured levels of an SAE.
 
     Args:
-        sae: The SAE that was measured. Where the k of its training is not known, L0 stands in.
+        sae: The SAE that was measured. If its metadata has no k, L0 stands in for k.
         rows: What `measure_levels` or `measure_levels_in_model` returned.
         codes: The codes that it collected.
         baseline_explained_variance: As in `Measured`.
@@ -202,24 +204,29 @@ def measured_of(
     Raises:
         ValueError: the levels were not measured on activations.
     """
-    explained_variance = [
-        row.explained_variance for row in rows if row.explained_variance is not None
-    ]
     l0 = [row.l0 for row in rows if row.l0 is not None]
-    if not len(l0) == len(explained_variance) == len(rows):
+    explained = [row.explained_variance for row in rows if row.explained_variance is not None]
+    if not len(l0) == len(explained) == len(rows):
         raise ValueError("rows hold no l0 and explained_variance: measure them on activations.")
-    k = getattr(sae.cfg, "k", None) or k_of_training(sae) or l0[-1]
     return Measured(
         widths=[row.width for row in rows],
-        explained_variance=explained_variance,
+        explained_variance=explained,
         l0=l0,
         firing_rates=codes.firing_rates,
         n_tokens=codes.n_tokens,
         weak_score=codes.weak_score,
         weak_half=codes.weak_half,
-        k=k,
+        k=getattr(sae.cfg, "k", None) or k_of_training(sae) or l0[-1],
         baseline_explained_variance=baseline_explained_variance,
     )
+
+
+def _levels_on_flat_activations(sae: SAE[Any]) -> list[SAE[Any]]:
+    """The levels, which for hook_z take activations with the heads flattened."""
+    nested = levels(sae)
+    for level in nested:
+        level.turn_off_forward_pass_hook_z_reshaping()
+    return nested
 
 
 def _token_ids(excluded: bool | Iterable[int], model: Any) -> Int[torch.Tensor, " n"]:
@@ -229,32 +236,20 @@ def _token_ids(excluded: bool | Iterable[int], model: Any) -> Int[torch.Tensor, 
     return torch.tensor(list(excluded or []), dtype=torch.long)
 
 
-def _activations(
-    store: ActivationsStore,
-    batches: Iterable[Int[torch.Tensor, "prompts context"]],
-    excluded: Int[torch.Tensor, " n"],
-) -> Iterator[Float[torch.Tensor, "tokens d_in"]]:
-    """The activations that training would see of each batch of prompts."""
-    for tokens in batches:
-        tokens_seen = tokens[:, slice(*store.seqpos_slice)]
-        kept = ~torch.isin(tokens_seen, excluded.to(tokens.device))
-        yield store.get_activations(tokens)[kept.to(store.device)]
-
-
-def _batch_losses(
+def _run_model(
     nested: list[SAE[Any]],
     model: Any,
     tokens: Int[torch.Tensor, "prompts context"],
     is_counted: Bool[torch.Tensor, "prompts context"],
     variances: list[ExplainedVarianceCalculator],
-) -> list[float]:
-    """Next-token loss of the unchanged model, the ablated one and the one with each level.
+) -> tuple[Float[torch.Tensor, "prompts context d_in"], list[float]]:
+    """Run the model unchanged, then ablated, then with each level.
 
-    `run_evals` on each level would repeat the first two passes. The unchanged model's activations
-    are what every level encodes, since nothing before the hook point changes.
+    Every level encodes the activations of the unchanged model: nothing before the hook changes.
+    The reconstructions of the counted tokens are added to `variances`.
 
     Returns:
-        Sums over the counted tokens; `variances` get the levels' reconstructions.
+        The activations, and the sum of the next-token losses of the counted tokens in each run.
     """
     metadata = nested[-1].cfg.metadata
     head = metadata.hook_head_index
@@ -279,20 +274,21 @@ def _batch_losses(
     seen: list[torch.Tensor] = []
     losses = [loss(lambda activations, hook: seen.append(activations))]
     losses.append(loss_with(torch.ones_like(is_counted), torch.zeros(())))
-    x = sae_input(seen[0])[is_counted.to(seen[0].device)]
+    activations = sae_input(seen[0])
+    x = activations[is_counted.to(activations.device)]
     chunks = [[r for _, r in _encode_and_decode(nested, rows)] for rows in _chunks(nested[-1], x)]
     for variance, parts in zip(variances, zip(*chunks, strict=True), strict=True):
         reconstruction = torch.cat(parts)
         variance.add_batch(reconstruction.to(x.device), x)
         losses.append(loss_with(is_counted, reconstruction))
-    return losses
+    return activations, losses
 
 
 def _encode_and_decode(
     nested: list[SAE[Any]], x: Float[torch.Tensor, "batch d_in"]
 ) -> Iterator[tuple[Float[torch.Tensor, "batch width"], Float[torch.Tensor, "batch d_in"]]]:
     """Codes and reconstruction of each level."""
-    if isinstance(nested[-1], TopKSAE):  # whose levels choose again among their latents
+    if isinstance(nested[-1], TopKSAE):  # each level chooses among its own latents
         for level in nested:
             acts = level.encode(x).to_dense()
             yield acts, level.decode(acts)
@@ -302,22 +298,11 @@ def _encode_and_decode(
             yield acts[:, : level.cfg.d_sae], reconstruction
 
 
-def _standard_errors(
-    n_active: Int[torch.Tensor, "batches levels"], n_tokens: Int[torch.Tensor, " batches"]
-) -> list[float | None]:
-    """The standard error of each level's L0 over the batches; None from fewer than two."""
-    is_filled = n_tokens > 0
-    l0s = n_active[is_filled] / n_tokens[is_filled, None]
-    if len(l0s) < 2:
-        return [None] * n_active.shape[1]
-    return (l0s.std(0) / len(l0s) ** 0.5).tolist()
-
-
 def _check_activations(batch: torch.Tensor, d_in: int) -> None:
     if batch.ndim < 2 or batch.shape[-1] != d_in or not batch.is_floating_point():
         raise ValueError(
             f"activations of shape {tuple(batch.shape)} and {batch.dtype} are not accepted: give "
-            f"floating-point numbers of two dimensions or more, the last of them d_in={d_in}."
+            f"floating-point numbers in two dimensions or more, the last of them d_in={d_in}."
         )
     if not batch.isfinite().all():
         raise ValueError("activations hold values that are not finite.")
