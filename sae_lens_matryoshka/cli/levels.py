@@ -1,4 +1,4 @@
-"""`sae-matryoshka levels`: what the levels of an SAE are like."""
+"""`sae-matryoshka levels`: a table, a plot and a diagnosis of the levels of an SAE."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_matryoshka.cli.options import add_measuring
+from sae_lens_matryoshka.util.checks import invalid_option
 
 
 def add_parser(commands: Any) -> None:
@@ -18,23 +19,20 @@ def add_parser(commands: Any) -> None:
         description="Show the levels of an SAE: from its weights alone, or measured with "
         "--activations or --dataset.",
     )
-    parser.add_argument("release_or_dir", help="a folder, or a release or repository and SAE_ID")
-    parser.add_argument("sae_id", nargs="?", help="its id in the release or repository")
+    add = parser.add_argument
+    add("release_or_dir", help="a folder, or a release or repository and SAE_ID")
+    add("sae_id", nargs="?", help="its id in the release or repository")
     add_measuring(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw L0 and variance explained")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    parser.add_argument(
-        "--diagnose", action="store_true", help="say what looks wrong with the SAE, and what to try"
-    )
-    parser.add_argument(
+    add("--plot", type=Path, metavar="FILE", help="plot L0 and variance explained")
+    add("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    add("--diagnose", action="store_true", help="say what looks wrong, and what to try")
+    add(
         "--baseline-explained-variance",
         type=float,
         metavar="SHARE",
         help="of a BatchTopK SAE of the same width and k, to compare with, such as 0.78",
     )
-    parser.add_argument(
-        "--baseline", type=Path, metavar="DIR", help="the folder of such an SAE, to measure as well"
-    )
+    add("--baseline", type=Path, metavar="DIR", help="such an SAE, to measure as well")
     parser.set_defaults(run=run)
 
 
@@ -55,25 +53,18 @@ def run(args: argparse.Namespace) -> int:
     baseline = args.baseline_explained_variance
     if baseline is not None:
         check_baseline("--baseline-explained-variance", baseline)
-    sae = load_sae(
-        args.release_or_dir,
-        args.sae_id,
-        matryoshka_widths=args.matryoshka_widths,
-        device=args.device,
-    )
+    widths, device = args.matryoshka_widths, args.device
+    sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
     if args.baseline:  # first, since the folder may hold no SAE
-        other = load_sae(str(args.baseline), device=args.device)
+        other = load_sae(args.baseline, device=device)
         set_widths(other, [other.cfg.d_sae])  # it is measured whole
         baseline = measure(other, args)[-1].explained_variance
     codes = CodeStats()
     rows = measure(sae, args, codes)
     name = " ".join(filter(None, (args.release_or_dir, args.sae_id)))
-    report = {
-        "sae": name,
-        "measured_on": measured_on(args),
-        "levels": [row._asdict() for row in rows],
-    }
-    print(f"{level_table(rows)}\n\n{level_note(rows, measured_on(args))}")
+    data = measured_on(args)
+    report = {"sae": name, "measured_on": data, "levels": [row._asdict() for row in rows]}
+    print(f"{level_table(rows)}\n\n{level_note(rows, data)}")
     if args.diagnose:
         findings = diagnose(measured_of(sae, rows, codes, baseline))
         report["findings"] = [finding._asdict() for finding in findings]
@@ -89,22 +80,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     is_measured = args.activations or args.dataset
-    if args.diagnose and not is_measured:
-        raise ValueError("--diagnose needs measurements: give --activations or --dataset as well.")
-    if args.plot and not is_measured:
-        raise ValueError(
-            "--plot draws L0 and variance explained, which are measured: give --activations or "
-            "--dataset as well."
-        )
+    for flag, given in (("--diagnose", args.diagnose), ("--plot", args.plot)):
+        if given and not is_measured:
+            raise ValueError(f"{flag} needs measurements: give --activations or --dataset as well.")
     share, folder = args.baseline_explained_variance, args.baseline
     if not args.diagnose and (share is not None or folder):
         raise ValueError("a baseline is for --diagnose: give that as well.")
     if share is not None and folder:
-        raise ValueError("--baseline and --baseline-explained-variance say the same: give one.")
+        raise ValueError(
+            "--baseline and --baseline-explained-variance exclude each other: give one."
+        )
     if folder and not folder.is_dir():
         raise ValueError(f"--baseline={str(folder)!r} is not a folder.")
     if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot={str(args.plot)!r} is not accepted: give a .png, .pdf or .svg.")
+        raise invalid_option("--plot", str(args.plot), "a .png, .pdf or .svg file")
     for file in filter(None, (args.plot, args.json)):
         if not file.parent.is_dir():
             raise ValueError(f"{file.parent} is not a folder to write {file.name} to.")

@@ -1,4 +1,4 @@
-"""Measuring the levels of an SAE as the options of `options.add_measuring` say."""
+"""Measuring the levels of an SAE with the options of `options.add_measuring`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
-from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 from sae_lens_matryoshka.hub.formats import read_pickle
 from sae_lens_matryoshka.levels.slicing import widths_of
@@ -29,7 +27,7 @@ from sae_lens_matryoshka.levels.stats import (
 from sae_lens_matryoshka.training.code_stats import CodeStats
 from sae_lens_matryoshka.util.checks import invalid_option
 from sae_lens_matryoshka.util.devices import check_device
-from sae_lens_matryoshka.util.suggest import did_you_mean
+from sae_lens_matryoshka.util.hook_names import short_model_name
 
 _SUFFIXES = (".npy", ".pt", ".safetensors")
 
@@ -55,12 +53,12 @@ def check_measuring(args: argparse.Namespace) -> None:
 def measure(
     sae: SAE[Any], args: argparse.Namespace, codes: CodeStats | None = None
 ) -> list[LevelStats]:
-    """The levels of `sae`: on --activations, or on --dataset in its model, or from its weights.
+    """Measure the levels of `sae` on --activations, on --dataset in its model, or from its weights.
 
     Raises:
-        ValueError: the widths of `sae` are not known, or the activations, the dataset or the model
-            can't be read or do not fit it.
-        OSError: the model can't be had.
+        ValueError: `sae` has no level widths, or the activations, the dataset or the model can't be
+            read or do not fit it.
+        OSError: the model can't be downloaded.
     """
     widths_of(sae)  # raises before anything long begins
     if args.activations:
@@ -74,10 +72,7 @@ def measure(
                 f"the metadata of this SAE has no {name}, so its model can't be run: measure it "
                 "with --activations."
             )
-    model_name = args.model or metadata.model_name
-    if model_name is None:
-        raise ValueError("the metadata of this SAE has no model_name: give --model.")
-    model = _load_model(model_name, metadata, args.device)
+    model = _load_model(sae, args)
     try:
         store = ActivationsStore.from_sae(
             model,
@@ -98,20 +93,23 @@ def measured_on(args: argparse.Namespace) -> str:
     return args.activations.name if args.activations else args.dataset or "nothing"
 
 
-def _load_model(name: str, metadata: SAEMetadata, device: str) -> Any:
+def _load_model(sae: SAE[Any], args: argparse.Namespace) -> Any:
+    metadata = sae.cfg.metadata
+    name = args.model or metadata.model_name
+    if name is None:
+        raise ValueError("the metadata of this SAE has no model_name: give --model.")
+    class_name = metadata.model_class_name or "HookedTransformer"
+    if class_name == "HookedTransformer":
+        short_model_name(name)  # suggests names for one that is not known
     try:
-        with redirect_stdout(sys.stderr):  # TransformerLens prints; the table is to stand alone
+        with redirect_stdout(sys.stderr):  # TransformerLens prints; stdout is for the table
             model = load_model(
-                metadata.model_class_name or "HookedTransformer",
+                class_name,
                 name,
-                device=device,
+                device=args.device,
                 model_from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
                 hook_names=[metadata.hook_name],
             )
-    except ValueError as error:
-        reason = str(error).partition(". Valid official")[0]
-        hint = did_you_mean(name, OFFICIAL_MODEL_NAMES)
-        raise ValueError(f"the model {name!r} can't be loaded: {reason}{hint}") from error
     except OSError as error:
         raise OSError(f"the model {name!r} can't be loaded: {error}") from error
     if metadata.hook_name not in model.hook_dict:
@@ -134,7 +132,7 @@ def _read_activations(path: Path, sae: SAE[Any]) -> Any:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))
         tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except Exception as error:
+    except Exception as error:  # a broken file can raise anything
         raise ValueError(f"{path} can't be read: {error}") from error
     if len(tensors) != 1:
         raise ValueError(f"{path} holds {len(tensors)} tensors: give one of activations.")

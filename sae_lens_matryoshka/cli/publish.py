@@ -17,19 +17,14 @@ def add_parser(commands: Any) -> None:
         description="Upload an SAE with a model card to the Hugging Face Hub, as the user of `hf "
         "auth login` or HF_TOKEN.",
     )
-    parser.add_argument("release_or_dir", metavar="DIR", help="the folder of a trained SAE")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it does not exist")
-    parser.add_argument("--sae-id", help="its folder in the repository (default: the hook name)")
-    parser.add_argument(
-        "--with-levels", action="store_true", help="also each inner level, as an SAE of its own"
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only write the folder that would be uploaded"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="that folder (with --dry-run; default: published/REPO_ID)"
-    )
+    add = parser.add_argument
+    add("release_or_dir", metavar="DIR", help="the folder of a trained SAE")
+    add("repo_id", metavar="REPO_ID", help="owner/name; created if it does not exist")
+    add("--sae-id", help="its folder in the repository (default: the hook name)")
+    add("--with-levels", action="store_true", help="also each inner level, as an SAE of its own")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--dry-run", action="store_true", help="only write the folder that would be uploaded")
+    add("--out", type=Path, help="that folder (with --dry-run; default: published/REPO_ID)")
     add_measuring(parser)
     parser.set_defaults(run=run)
 
@@ -37,7 +32,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.out and not args.dry_run:
-        raise ValueError("--out goes with --dry-run: without it nothing is kept on disk.")
+        raise ValueError("--out needs --dry-run: without it no folder is kept.")
 
     from sae_lens_matryoshka.cli.measuring import check_measuring, measure, measured_on
     from sae_lens_matryoshka.hub.load import load_sae
@@ -46,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     check_measuring(args)
     out = args.out or Path("published") / args.repo_id
     check_names(args.repo_id, args.sae_id, out if args.dry_run else None)
-    sae = load_sae(
-        args.release_or_dir, matryoshka_widths=args.matryoshka_widths, device=args.device
-    )
+    folder, widths = args.release_or_dir, args.matryoshka_widths
+    sae = load_sae(folder, matryoshka_widths=widths, device=args.device)
     options: dict[str, Any] = {
         "sae": sae,
         "stats": measure(sae, args),
@@ -57,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     }
     names = args.repo_id, args.sae_id
     if args.dry_run:
-        write_publication(args.release_or_dir, out, *names, **options)
+        write_publication(folder, out, *names, **options)
         print(f"{out} holds what would be uploaded to {args.repo_id}.")
     else:
-        card = publish(args.release_or_dir, *names, private=args.private, **options)
+        card = publish(folder, *names, private=args.private, **options)
         print(f"{args.repo_id} is published; its card is {card}.")
     return 0

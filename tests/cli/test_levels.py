@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 from datasets import Dataset
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import _http
 from matplotlib import image
 from sae_lens import (
     CacheActivationsRunner,
@@ -29,10 +26,10 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka import cli, load_sae
-from sae_lens_matryoshka.cli import levels as cli_levels
+from sae_lens_matryoshka.cli import measuring
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.levels.slicing import set_widths, widths_of
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import LoopbackHub, use_cache
 from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
 REPO, HOOK, WIDTHS = "ann/saes", "blocks.1.hook_resid_pre", [3, 8, 20]
@@ -65,9 +62,7 @@ def save_sae(
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
     """Those of the SAE in `sae`, in the folder that the test is in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    use_cache(monkeypatch, tmp_path / "cache")
     save_sae(Path("plain"), widths=None, hook_name=HOOK)
     return save_sae(Path("sae"), hook_name=HOOK)
 
@@ -255,10 +250,10 @@ def test_unknown_model_and_hook(tmp_path: Path, capsys: Capture) -> None:
     sae = tmp_path / "sae"
     save_sae(sae, hook_name="blocks.0.hook_x", context_size=8, prepend_bos=True)
     said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gtp2")
-    assert "the model 'gtp2' can't be loaded: gtp2 not found; did you mean gpt2" in said
+    assert "TransformerLens does not know the model 'gtp2'; did you mean gpt2" in said
     small = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_levels, "load_model", lambda *_, **__: small)
+        patch.setattr(measuring, "load_model", lambda *_, **__: small)
         said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gpt2")
     assert "the model 'gpt2' has no hook 'blocks.0.hook_x'" in said
 
@@ -269,7 +264,7 @@ WRONG = {
     "levels plain": "--matryoshka-widths",
     "levels plain --matryoshka-widths a,b": "argument --matryoshka-widths: invalid",
     "levels plain --matryoshka-widths 3,21": "matryoshka_widths=[3, 21] holds 21, outside 1 to 20",
-    "levels sae --plot a.png": "--plot draws L0 and variance explained, which are measured",
+    "levels sae --plot a.png": "--plot needs measurements: give --activations or --dataset",
     "levels sae --activations x.npy --plot a.gif": "--plot='a.gif' is not accepted",
     "levels sae --activations x.npy --dataset t": "--activations and --dataset are two ways",
     "levels sae --model gpt2": "--model needs --dataset",
@@ -282,11 +277,11 @@ WRONG = {
     "levels sae --activations empty.npy": "there are no activations to measure the levels on.",
     "levels sae --activations bad": "bad",
     "levels sae --dataset t": "the metadata of this SAE has no context_size",
-    "levels sae --n-batches 0": "--n-batches=0 is not accepted: give 1 or more.",
-    "levels sae --batch-size-prompts -1": "--batch-size-prompts=-1 is not accepted",
+    "levels sae --n-batches 0": "argument --n-batches: '0' is not accepted: give a positive",
+    "levels sae --batch-size-prompts -1": "argument --batch-size-prompts: ",
     "publish none ann/saes": "There is no folder 'none'",
     "publish sae saes --dry-run": "repo_id='saes' is not accepted: give owner/name",
-    "publish sae ann/saes --out o": "--out goes with --dry-run",
+    "publish sae ann/saes --out o": "--out needs --dry-run",
     "publish sae ann/saes --dry-run --out bad": "bad exists: give a new or an empty",
     "publish sae ann/saes --dry-run --sae-id ../x": "sae_id='../x' is not accepted",
 }
