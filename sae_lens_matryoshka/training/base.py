@@ -90,10 +90,8 @@ class NestedTrainingSAE(SavedTrainingSAE):
     ) -> Backend | None:
         """What computes a step from its codes; None where only the dense reference can.
 
-        Args:
-            sae_in: The activations.
-            dense_hook_points: A hook on one of them sees dense tensors, which only the reference
-                computes; so does one on the reconstruction.
+        A hook on one of `dense_hook_points`, or on the reconstruction, sees dense tensors, which
+        only the reference computes.
         """
         is_hooked = any(
             point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
@@ -141,18 +139,9 @@ class NestedTrainingSAE(SavedTrainingSAE):
         return named | {f"inner_mse_loss_{width}": loss for width, loss in inner_losses}
 
     def count_firings(
-        self,
-        scores: Float[torch.Tensor, " n"],
-        latents: Int[torch.Tensor, " n"],
-        batch_size: int,
+        self, scores: Float[torch.Tensor, " n"], latents: Int[torch.Tensor, " n"], batch_size: int
     ) -> None:
-        """Update the firing rates that order the latents of the next step.
-
-        Args:
-            scores: Of the codes, 0 for padding.
-            latents: Of the codes.
-            batch_size: Activations in the batch.
-        """
+        """Update the firing rates that order the latents of the next step; padding has score 0."""
         if self.cfg.latent_order == "frequency":
             self.firing_rates = update_rates(self.firing_rates, latents, scores != 0, batch_size)
 
@@ -166,12 +155,7 @@ class NestedTrainingSAE(SavedTrainingSAE):
     ) -> dict[str, Callable[[], torch.Tensor]]:
         """Variance explained, mean L0 and dead latents of each level, computed when called.
 
-        Args:
-            step_input: Of the step.
-            losses: Squared error of each level of `cfg.matryoshka_widths`.
-            scores: Of the codes, 0 for padding.
-            latents: Of the codes.
-            plan: Of the step.
+        `losses` are those of the levels of `cfg.matryoshka_widths`; padding has score 0.
         """
         # as SAELens promotes: sums of squares in 16 bits are too coarse
         sae_in = step_input.sae_in.to(torch.promote_types(step_input.sae_in.dtype, torch.float32))
@@ -207,11 +191,7 @@ class NestedTrainingSAE(SavedTrainingSAE):
     ) -> Float[torch.Tensor, " levels"]:
         """Squared error of each level of `cfg.matryoshka_widths`, with sampled prefixes as well.
 
-        Args:
-            levels: Of the step.
-            acts: Factors of the decoder rows, dense or sparse; read with sampled prefixes only.
-            sae_in: The activations.
-            plan: Of the step.
+        Only sampled prefixes need `acts`, the factors of the decoder rows, dense or sparse.
         """
         if not self.cfg.is_sampled:
             return levels.losses.detach()[self.cfg.bias_level :]

@@ -72,15 +72,7 @@ def bussmann(
       counts a latent as dead after 20 batches (SAELens: `dead_feature_window`). The coefficient,
       1/(32 d_in), gives the squared error the weight that it has there.
 
-    Args:
-        d_in: Width of the activations.
-        d_sae: Number of latents.
-        k: Mean number of active latents per activation.
-        matryoshka_widths: Width of each level, the sums of their group sizes.
-        options: Any other field of the config; those set here may be replaced.
-
-    Raises:
-        ValueError: from the config, naming the field, its value and what is accepted.
+    Arguments and errors are those of `dictionary_learning`.
     """
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=d_in,
