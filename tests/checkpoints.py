@@ -22,7 +22,7 @@ StateDict = dict[str, torch.Tensor]
 D_IN, WIDTHS, GROUP_SIZES, K = 6, [3, 8, 20], [3, 5, 12], 4
 D_SAE = WIDTHS[-1]
 
-# The configurations as the libraries write them, but for what the functions below fill in.
+# The configurations as the libraries write them; the functions below fill in the rest.
 SAELENS_5_CFG = """{"architecture": "jumprelu", "dtype": "float32", "device": "cuda",
 "model_name": "gemma-2-2b", "hook_name": "blocks.0.hook_resid_post", "hook_layer": 0,
 "hook_head_index": null, "activation_fn_str": "relu", "activation_fn_kwargs": {},
@@ -140,7 +140,7 @@ def topk_of_dictionary_learning(weights: Mapping[str, Any]) -> Files:
 def bartbussmann(
     weights: Mapping[str, Any], group_sizes: Any = str(GROUP_SIZES), unit_norm: bool = True
 ) -> Files:
-    """As the paper's own code logs its SAE: what is no number and no flag becomes text."""
+    """As the paper's own code logs its SAE: all but numbers and flags becomes text."""
     cfg = json.loads(BARTBUSSMANN_CFG)
     cfg |= {"input_unit_norm": unit_norm, "group_sizes": group_sizes}
     return {"config.json": json.dumps(cfg).encode(), "sae.pt": pickled(dict(weights))}

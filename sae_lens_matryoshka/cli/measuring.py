@@ -43,10 +43,9 @@ def check_measuring(args: argparse.Namespace) -> None:
         raise ValueError("--activations and --dataset are two ways to measure: give one.")
     if args.model and not args.dataset:
         raise ValueError("--model needs --dataset: the texts to run it on.")
-    if path and not path.exists():
-        raise ValueError(f"--activations={str(path)!r} does not exist.")
-    if path and not (path.is_dir() or path.suffix in _SUFFIXES):
-        raise invalid_option("--activations", str(path), f"a folder or one of {_SUFFIXES}")
+    if path and not (path.is_dir() or (path.is_file() and path.suffix in _SUFFIXES)):
+        accepted = f"an existing folder, or a file that ends in one of {_SUFFIXES}"
+        raise invalid_option("--activations", str(path), accepted)
     check_device("--device", args.device)
 
 

@@ -31,7 +31,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 class OnlyFromHubError(ValueError):
-    """The checkpoint is of a kind that only SAELens' loader for the Hub reads."""
+    """Only SAELens' loader for the Hub reads this kind of checkpoint."""
 
 
 class Checkpoint(NamedTuple):
@@ -69,11 +69,7 @@ class Format(NamedTuple):
 
 
 def read_json(path: Path) -> Config:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: the file holds none.
-    """
+    """The JSON object in a file; ValueError if it holds none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
@@ -84,11 +80,7 @@ def read_json(path: Path) -> Config:
 
 
 def read_pickle(path: Path) -> StateDict:
-    """The tensors in a PyTorch file, loaded with `weights_only=True`, which runs no code.
-
-    Raises:
-        ValueError: the file is broken, holds no state dict, or would run code.
-    """
+    """The tensors in a PyTorch file; ValueError if it is broken, has none, or would run code."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -199,12 +191,12 @@ FORMATS = (
 def read_checkpoint(
     layout: Format, config: Path, weights: Path, overrides: Config
 ) -> tuple[Config, StateDict]:
-    """Config and state dict as SAELens' loaders return them.
+    """Config and state dict as SAELens' loaders return them, for any format but SAELens' own.
 
     Args:
-        layout: Any but SAELens' own.
-        config: The file of the configuration.
-        weights: The file of the weights.
+        layout: Reads the two files.
+        config: File of the configuration.
+        weights: File of the weights.
         overrides: Fields of the config to replace, such as those in SAELens' table of releases.
 
     Raises:

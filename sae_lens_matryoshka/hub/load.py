@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the library it is built on
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the HTTP library below
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -53,7 +53,6 @@ _FROM_READMES = {
     "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60": (_CHANIND_WIDTHS, 60),
     "chanind/gemma-3-1b-batch-topk-matryoshka-saes-w-32k-l0-40": (_CHANIND_WIDTHS, 40),
 }
-_GEMMA_SCOPE_2 = "google/gemma-scope-2-"
 
 
 def load_sae(
@@ -103,7 +102,7 @@ def load_sae(
     elif repo_id in _FROM_READMES:
         widths, k = _FROM_READMES[repo_id]
         set_widths(sae, widths, k=k)
-    elif repo_id is not None and repo_id.startswith(_GEMMA_SCOPE_2):
+    elif repo_id is not None and repo_id.startswith("google/gemma-scope-2-"):
         warnings.warn(
             f"The level widths of {repo_id} were never published. To use its levels, give them as "
             "load_sae(…, matryoshka_widths=[…]).",
@@ -193,7 +192,7 @@ def _from_hub(
         read_pickle(download(layout.weights))
     converter = NAMED_PRETRAINED_SAE_LOADERS[layout.loader]
     with warnings.catch_warnings():
-        # SAELens recommends its own names for a repository; ours finds the same either way.
+        # SAELens recommends its names of releases; here a repository gives the same.
         warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace")
         return SAE.from_pretrained(release, sae_id, **options, converter=converter)
 
@@ -204,7 +203,7 @@ def _layout_of(repo_id: str, folder: str) -> Format:
     for layout in FORMATS:
         is_offline = isinstance(failure, LocalEntryNotFoundError)
         try:
-            # If the Hub does not answer, only the cache is searched for the other formats.
+            # Once the Hub fails to answer, only the cache is searched.
             hf_hub_download(repo_id, f"{folder}/{layout.weights}", local_files_only=is_offline)
             return layout
         except EntryNotFoundError as error:
@@ -219,11 +218,7 @@ _LAYOUTS = "accepted: " + ", or ".join(
 
 
 def repo_and_folder(release: str, sae_id: str) -> tuple[str, str]:
-    """Repository and folder of an SAE.
-
-    Raises:
-        ValueError: SAELens' table of releases has no such release, or no such id in it.
-    """
+    """Repository and folder of an SAE; ValueError if SAELens' table of releases has none such."""
     known = get_pretrained_saes_directory().get(release)
     if known is None and "/" not in release:
         raise ValueError(
@@ -267,9 +262,9 @@ def _built_in_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
             f"There is no repository {source!r} on the Hub, or it is private and HF_TOKEN or "
             f"`hf auth login` gives no access to it{_near(source, _known_releases())}"
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise hub_error(where, error) from error
     except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise hub_error(where, error) from error
         sae_ids = _sae_ids_in(source)
         if sae_id not in sae_ids:
             near = _near(str(sae_id), sae_ids)
@@ -281,7 +276,7 @@ def _built_in_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
     except (HTTPError, requests.RequestException) as error:
         raise hub_error(where, error) from error
     except OSError:
-        raise  # the disk, not the SAE
+        raise  # such as a full disk
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except Exception as error:  # SAELens' loaders can raise anything for a broken file
@@ -293,16 +288,10 @@ def _built_in_errors(source: str, sae_id: str | None = None) -> Iterator[None]:
 def hub_error(where: str, error: BaseException) -> OSError | ValueError:
     """The built-in error for a failed request to the Hub.
 
-    Args:
-        where: The repository, or the SAE in it.
-        error: Of the Hub's client, or of what it is built on.
-
-    Returns:
-        `PermissionError` where a token would help, `ValueError` where the Hub rejects the request,
-        else `ConnectionError`.
+    `PermissionError` where a token would help, `ValueError` where the Hub rejects the request, else
+    `ConnectionError`.
     """
-    status = None
-    cause: BaseException | None = error
+    status, cause = None, error
     while cause is not None and status is None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         cause = cause.__cause__

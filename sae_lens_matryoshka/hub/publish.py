@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the library it is built on
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] of the HTTP library below
 )
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE, TopKSAE, upload_saes_to_huggingface
@@ -114,8 +114,8 @@ def write_publication(
         ValueError: `folder`, `out`, `repo_id` or `sae_id` is not accepted.
     """
     check_names(repo_id, sae_id, out)
-    sae = copy.copy(load_sae(folder) if sae is None else sae)  # the same weights,
-    sae.cfg = copy.deepcopy(sae.cfg)  # metadata of its own
+    sae = copy.copy(load_sae(folder) if sae is None else sae)
+    sae.cfg = copy.deepcopy(sae.cfg)  # so that the caller's metadata stays as it is
     metadata = sae.cfg.metadata
     metadata.model_name = _without_folders(metadata.model_name)
     metadata.dataset_path = _without_folders(metadata.dataset_path)
@@ -227,7 +227,7 @@ def _training(sae: SAE[Any], folder: Path) -> str:
     metadata = sae.cfg.metadata
     if (folder / RUNNER_CFG_FILENAME).is_file():
         run = json.loads((folder / RUNNER_CFG_FILENAME).read_text(encoding="utf-8"))
-        # Paths and logs of the run tell about its owner, not about the SAE.
+        # Paths and logs describe the owner's machine, not the SAE.
         private = {"logger", "resume_from_checkpoint", *(n for n in run if n.endswith("_path"))}
         kept = {name: value for name, value in run.items() if name not in private}
         kept |= {"model_name": metadata.model_name, "dataset_path": metadata.dataset_path}

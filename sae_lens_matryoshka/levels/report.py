@@ -31,12 +31,7 @@ def level_table(rows: Sequence[LevelStats]) -> str:
 
 
 def level_note(rows: Sequence[LevelStats], data: str) -> str:
-    """A sentence on what the levels were measured on, for below the table.
-
-    Args:
-        rows: What `level_table` shows.
-        data: Name of the texts or activations.
-    """
+    """What the levels were measured on, for below the table; `data` is its name."""
     last = rows[-1]
     if last.n_tokens is None:
         return "From the weights alone; L0 and variance explained were not measured."
@@ -49,13 +44,7 @@ def level_note(rows: Sequence[LevelStats], data: str) -> str:
 
 
 def draw_level_stats(path: Path, rows: Sequence[LevelStats], title: str) -> None:
-    """Plot what was measured of the levels against their width; the file is written whole or not.
-
-    Args:
-        path: PNG, PDF or SVG file to write.
-        rows: Levels that were measured on activations.
-        title: Of the figure: which SAE it is.
-    """
+    """Plot what was measured on activations against the levels' widths, to a PNG, PDF or SVG."""
     curves = _measured(("l0", "explained_variance", "ce_recovered"), rows[-1:])
     figure = Figure(figsize=(4.5 * len(curves), 3.6), layout="constrained")
     widths = [row.width for row in rows]

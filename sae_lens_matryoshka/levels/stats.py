@@ -121,7 +121,7 @@ def measure_levels(
             l0s.append(fired.sum(1) / n_new)
     if n_tokens == 0:
         raise ValueError("there are no activations to measure the levels on.")
-    # One batch has no standard deviation.
+    # A single batch has no standard deviation.
     errors = (torch.stack(l0s).std(0) / len(l0s) ** 0.5).tolist() if len(l0s) > 1 else None
     return [
         row._replace(
@@ -193,16 +193,13 @@ def measured_of(
     codes: CodeStats,
     baseline_explained_variance: float | None = None,
 ) -> Measured:
-    """The input of `diagnose`, from the measured levels of an SAE.
+    """The input of `diagnose`; L0 stands in for k if the metadata of `sae` has none.
 
     Args:
-        sae: The SAE that was measured. If its metadata has no k, L0 stands in for k.
+        sae: The SAE that was measured.
         rows: What `measure_levels` or `measure_levels_in_model` returned.
         codes: The codes that it collected.
         baseline_explained_variance: As in `Measured`.
-
-    Raises:
-        ValueError: the levels were not measured on activations.
     """
     l0 = [row.l0 for row in rows if row.l0 is not None]
     explained = [row.explained_variance for row in rows if row.explained_variance is not None]

@@ -268,7 +268,7 @@ WRONG = {
     "levels sae --activations x.npy --plot a.gif": "--plot='a.gif' is not accepted",
     "levels sae --activations x.npy --dataset t": "--activations and --dataset are two ways",
     "levels sae --model gpt2": "--model needs --dataset",
-    "levels sae --activations none.npy": "--activations='none.npy' does not exist.",
+    "levels sae --activations none.npy": "--activations='none.npy' is not accepted: give an",
     "levels sae --activations bad/x.npy": "bad/x.npy can't be read",
     "levels sae --activations two.pt": "two.pt holds 2 tensors: give one of activations.",
     "levels sae --activations wide.npy": "activations of shape (4, 17) and",

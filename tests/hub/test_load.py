@@ -222,11 +222,11 @@ def test_dictionary_learning_is_as_saelens_loads_it(hub: LoopbackHub, files: Fil
     for sae in (ours, theirs):
         assert {name: sae.cfg.metadata[name] for name in told} == told
     assert widths_of(ours) == WIDTHS
-    # By its folder in the repository it is the same, but for what only SAELens' table says.
+    # By its folder in the repository it is the same, except for what is only in SAELens' table.
     by_repo = load_sae(f"canrager/{SAEBENCH}", SAEBENCH_FOLDER)
     same_weights(by_repo, ours)
     assert (widths_of(by_repo), by_repo.cfg.metadata.neuronpedia_id) == (WIDTHS, None)
-    # Nobody says that SAELens trained it.
+    # SAELens did not train it.
     assert theirs.cfg.metadata.sae_lens_training_version is None
     assert ours.cfg.metadata.sae_lens_training_version is None
 
@@ -286,7 +286,7 @@ def test_sae_without_levels(load: Load) -> None:
 
 
 def assert_whole(hub: LoopbackHub, cache: Path) -> None:
-    """Every file in the cache is one of the Hub's, but for those named as incomplete."""
+    """Every file in the cache is one of the Hub's, except those named incomplete."""
     commits = [files for repo in hub.repos.values() for files in repo.commits.values()]
     whole = {data for files in commits for data in files.values()}
     for pattern in ("models--*/snapshots/**/*", "models--*/blobs/*"):
@@ -296,7 +296,7 @@ def assert_whole(hub: LoopbackHub, cache: Path) -> None:
 
 @contextmanager
 def refused(hub: LoopbackHub, cache: Path, kind: type[Exception], *words: str) -> Iterator[None]:
-    """Asserts one error of one line, a clean cache and that what was cached still loads."""
+    """Asserts a one-line error and a clean cache, and that what was cached still loads."""
     hub.add("ann/cached", under("one", SAELENS_6))
     before = load_sae("ann/cached", "one")
     with pytest.raises(kind) as caught:
@@ -314,7 +314,7 @@ def without(weights: StateDict, name: str) -> StateDict:
 
 
 def _broken() -> dict[str, tuple[Files, str]]:
-    """Files that no SAE can be made of, and what the error is to say about them."""
+    """Files that hold no valid SAE, and what the error has to contain."""
     broken: dict[str, tuple[Files, str]] = {}
 
     def add(label: str, files: Files, file: str, data: bytes, said: str) -> None:
@@ -428,7 +428,9 @@ def test_a_pickle_never_runs_code(
         with refused(hub, cache, ValueError, "some/folder", said):
             load(files)
     assert not ran.exists()
-    torch.load(io.BytesIO(pickled(code)), weights_only=False)  # where it may run, it does
+    torch.load(
+        io.BytesIO(pickled(code)), weights_only=False
+    )  # runs it, so the test means something
     assert ran.is_dir()
 
 
@@ -514,7 +516,7 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
 
 
 def test_sae_in_training_is_not_a_finished_one(tmp_path: Path) -> None:
-    """Saved without a trainer's state, it is told by its architecture."""
+    """Saved without a trainer's state, it is recognised by its architecture."""
     cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3)
     MatryoshkaTrainingSAE(cfg).save_model(tmp_path)
     with pytest.raises(ValueError, match=r"training checkpoint.*TrainingSAE\.load_from_disk"):
@@ -570,7 +572,7 @@ def test_hub_that_fails(
     files, _, _, folder, _ = CASES[name]
     status, code, kind, said = fault
     hub.add(REPO, under(folder, files))
-    for only in ("", *([] if code or not status else files)):  # for all files, or for this one
+    for only in ("", *([] if code or not status else files)):  # all files, or this one
         failing = hub.answer_with(status, code, only) if status else down(hub)
         with refused(hub, cache, kind, said), failing:
             load_sae(REPO, folder)
@@ -591,7 +593,7 @@ def test_cached_sae_loads_while_the_hub_is_down(hub: LoopbackHub, name: str) -> 
 def test_download_cut_short(hub: LoopbackHub, cache: Path, name: str) -> None:
     files, _, _, folder, _ = CASES[name]
     hub.add(REPO, under(folder, files))
-    for file in reversed(list(files)):  # the weights first, which nothing cached may stand in for
+    for file in reversed(list(files)):  # the weights first, so that none are cached
         cut = hub.cut_short(f"{REPO}/{folder}/{file}")
         with refused(hub, cache, ConnectionError, "can't be reached for ann/saes"), cut:
             load_sae(REPO, folder)
@@ -633,7 +635,7 @@ for limit in (100, 16384, soft):  # too small for cfg.json, for the weights, for
 
 
 def test_disk_that_is_full(hub: LoopbackHub, cache: Path) -> None:
-    """Python ignores SIGXFSZ, so a write beyond the limit fails as one to a full disk does."""
+    """Python ignores SIGXFSZ, so a write beyond the limit fails like one to a full disk."""
     hub.add(REPO, under("one", made.saelens_5(random_weights(32, 256))))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DISK_FULL],

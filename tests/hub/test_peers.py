@@ -1,4 +1,4 @@
-"""What peers saved and computed is what `load_sae` reads and its levels compute."""
+"""Checkpoints of other libraries load, and their levels compute what those libraries do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is published is what was trained, whole or not at all, and its card says what is so."""
+"""What is published is what was trained, completely or not at all, with a correct card."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_private_repository(
     assert widths_of(load_sae(REPO, "sae")) == WIDTHS
     for token in ("", ann.add_user("bob")):
         monkeypatch.setenv("HF_TOKEN", token)
-        # The client would take a cached file of a repository that it no longer finds.
+        # The client falls back to cached files of a repository that it can't access.
         use_cache(monkeypatch, tmp_path / f"cache of {token}")
         with pytest.raises(ValueError, match=r"it is private and HF_TOKEN or `hf auth login`"):
             load_sae(REPO, "sae")
@@ -156,7 +156,7 @@ def test_failing_hub_keeps_what_was_there(ann: LoopbackHub, run: Path, fault: st
             stack.callback(ann.start)
         stack.enter_context(ann.answer_with(500, only=fault))
         publish(run, REPO)
-    # Only the card is still to come where downloads alone fail.
+    # If only downloads fail, everything but the card is uploaded.
     uploaded = {f"{HOOK}/{name}" for name in SAE_FILES} if fault == "/resolve/" else set()
     assert set(ann.files(REPO)) == {"notes.txt", *uploaded}
     assert publish(run, REPO) == "README.md"

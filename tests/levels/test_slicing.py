@@ -1,4 +1,4 @@
-"""A truncated SAE is its first latents, everywhere SAELens takes an SAE, and nothing else moves."""
+"""A truncated SAE is its first latents wherever SAELens takes an SAE, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_widths_of(kind: str, tmp_path: Path) -> None:
     for source in (sae, SAE.load_from_disk(tmp_path)):
         cut = {width: widths_of(truncate(source, width)) for width in (3, 5, 13, 20)}
         assert cut == {3: [3], 5: [5], 13: [5, 12, 13], 20: WIDTHS}
-        widths_of(source).clear()  # a list of its own
+        widths_of(source).clear()  # a copy
         assert widths_of(source) == WIDTHS
 
 
@@ -353,7 +353,7 @@ def test_levels_and_decoding_all_of_them(
         assert_shares(level, found[-1] if training else sae)
         if not training:
             assert_cut(sae, level, x)
-        level.encode(activations(level, *shape))  # for what decoding undoes: the norms, the heads
+        level.encode(activations(level, *shape))  # decoding undoes its norms and heads
         expected = level.decode(dense(acts)[..., :width]).reshape(x.shape)
         assert relative_error(reconstruction, expected) < 1e-11
 

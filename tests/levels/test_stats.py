@@ -76,7 +76,7 @@ def test_weights(widths: list[int], chunk: int) -> None:
 
 @given(chunk=st.sampled_from([1, 50, 2**25]), splits=st.sampled_from([1, 7, 64]))
 def test_activations(chunk: int, splits: int) -> None:
-    """However the activations are cut up, the numbers are those of the truncated SAEs."""
+    """The numbers are those of the truncated SAEs, however the activations are split."""
     sae = jumprelu(5, [2, 5, 11])
     with torch.no_grad():
         sae.threshold[4] = torch.inf  # one latent that is surely dead
@@ -96,7 +96,7 @@ def test_activations(chunk: int, splits: int) -> None:
 
 
 def test_topk_levels_choose_among_their_own_latents() -> None:
-    """What is measured is each level as it is saved, which for TopK is no prefix of the whole."""
+    """Each level is measured as it is saved, which for TopK is not a prefix of the whole."""
     sae = TopKSAE(TopKSAEConfig(d_in=5, d_sae=12, k=3))
     with torch.no_grad():
         sae.b_enc.fill_(5.0)  # every latent would fire,
@@ -149,7 +149,7 @@ def test_activations_that_are_not_accepted(activations: torch.Tensor, telling: s
 
 @pytest.mark.parametrize("excluded", [None, False, [3, 7]])
 def test_in_the_model(excluded: Any) -> None:
-    """L0 over the tokens of training, variance and loss as SAELens computes them."""
+    """L0 over the tokens that training sees, variance and loss as in SAELens' `run_evals`."""
     model = tiny_model()
     metadata = SAEMetadata(
         hook_name="blocks.1.hook_resid_pre",
