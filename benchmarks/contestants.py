@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,19 +10,20 @@ from typing import Any, get_args
 
 import torch
 from sae_lens import (
-    BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
+    TrainingSAEConfig,
 )
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
 from typing_extensions import override
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.training.monitoring import FIRST_CHECK
+from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.kernels.triton_support import why_no_triton
+from sae_lens_matryoshka.training.monitoring import FIRST_CHECK, OBSERVED_EVERY
 from sae_lens_matryoshka.training.options import Implementation
 
 ONE_LEVEL = ", one level"
@@ -71,7 +71,7 @@ class Setup:
 class Contestant(ABC):
     """One SAE in its trainer, with its batches."""
 
-    parameters: list[torch.Tensor]
+    parameters: list[torch.nn.Parameter]
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -95,7 +95,9 @@ class InSAELens(Contestant):
 
     def __init__(self, name: str, setup: Setup):
         super().__init__(setup)
-        self.sae = _make_sae(name, setup)
+        shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
+        sae_cfg = sae_config(name, setup.widths, **shape)
+        self.sae = SAE_TRAINING_CLASS_REGISTRY[sae_cfg.architecture()][0](sae_cfg)
         self.parameters = list(self.sae.parameters())
         cfg = SAETrainerConfig(
             total_training_samples=10**9,
@@ -107,7 +109,7 @@ class InSAELens(Contestant):
             feature_sampling_window=10**6,
         )
         self.trainer = SAETrainer(cfg, self.sae, iter(()))
-        # The monitor of our SAEs observes the latter half of the steps before a check.
+        # from here on the monitor of our SAEs observes steps
         self.trainer.n_training_steps = FIRST_CHECK // 2
 
     @override
@@ -127,17 +129,15 @@ class InSAELens(Contestant):
 
     @override
     def step(self) -> None:
-        # As in `SAETrainer.fit`, with the latents that are to count as dead.
+        # as in `SAETrainer.fit`, with a fixed set of dead latents
         self.trainer.n_forward_passes_since_fired[self.dead] = 10**7
         self.trainer.maybe_reset_sparsity()
         self.trainer.step(self._next_batch())
         self.trainer.n_training_steps += 1
 
     def monitored_step(self) -> None:
-        """A training step that the monitor observes, the next one that is due; of our SAEs only."""
-        assert isinstance(self.sae, MatryoshkaTrainingSAE)
-        while not self.sae._monitor.is_due(self.trainer.n_training_steps):
-            self.trainer.n_training_steps += 1
+        """The next training step that the monitor of our SAEs observes."""
+        self.trainer.n_training_steps += -(self.trainer.n_training_steps + 1) % OBSERVED_EVERY
         self.step()
 
 
@@ -145,12 +145,10 @@ class InDictionaryLearning(Contestant):
     """A Matryoshka SAE in dictionary_learning's trainer."""
 
     def __init__(self, setup: Setup):
-        from dictionary_learning.trainers.matryoshka_batch_top_k import (  # type: ignore[import-not-found]
-            MatryoshkaBatchTopKTrainer,
-        )
+        from dictionary_learning.trainers import matryoshka_batch_top_k  # type: ignore
 
         super().__init__(setup)
-        self.trainer = MatryoshkaBatchTopKTrainer(
+        self.trainer = matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer(
             steps=10**6,
             activation_dim=setup.d_in,
             dict_size=setup.d_sae,
@@ -196,21 +194,20 @@ def _batches(setup: Setup) -> list[torch.Tensor]:
     return [batch.to(str_to_dtype(setup.dtype)) for batch in batches]
 
 
-def _make_sae(name: str, setup: Setup) -> TrainingSAE[Any]:
-    shape: dict[str, Any] = {
-        field: getattr(setup, field) for field in ("d_in", "d_sae", "k", "dtype", "device")
-    }
+def sae_config(name: str, widths: list[int], **shape: Any) -> TrainingSAEConfig:
+    """The SAE of a contestant in SAELens' trainer."""
     if name == SAELENS_FLAT:
-        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
-    shape["matryoshka_widths"] = [setup.d_sae] if name.endswith(ONE_LEVEL) else setup.widths
+        return BatchTopKTrainingSAEConfig(**shape)
     if name == SAELENS:
-        return MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**shape))
+        return MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=widths)
+    if name.endswith(ONE_LEVEL):
+        widths = [shape["d_sae"]]
     options = OUR_OPTIONS[name.removesuffix(ONE_LEVEL)]
-    return MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(**shape, **options))
+    return MatryoshkaTrainingSAEConfig(**shape, matryoshka_widths=widths, **options)
 
 
 def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
-    """The product that every SAE computes, of a batch with the encoder."""
+    """The product of a batch with the encoder, which every SAE computes."""
     batch = _batches(setup)[0]
     encoder = torch.randn(setup.d_in, setup.d_sae, device=setup.device).to(batch.dtype)
 
@@ -223,9 +220,7 @@ def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
 
 def our_implementations(device: str) -> list[str]:
     """The implementations of this package that run on `device`, the fastest first."""
-    has_triton = (
-        torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
-    )
+    has_triton = torch.device(device).type == "cuda" and why_no_triton() is None
     return [*(["triton"] if has_triton else []), "sparse", "reference"]
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import records
+from ceilings import FLOAT32, TF32, precisions
 from contestants import OURS, SAELENS, SAELENS_FLAT, Setup, our_implementations
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from measuring import DoesNotFit, build, free_memory, measure_times, spread, turns_of
-from precisions import FLOAT32, TF32, Precision, precisions
-from presets import WARM_UP, Job, shape, warning
+from options import Options
+from presets import shape, warning
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.util.markdown import markdown_table
@@ -28,7 +28,7 @@ AXES: dict[str, list[int]] = {
 
 
 def doubling_widths(d_sae: int, n_levels: int) -> list[int]:
-    """Levels that each are twice as wide as the one inside.
+    """Levels that are each twice as wide as the one inside.
 
     Levels in equal steps would cost SAELens more: it decodes the second largest level twice.
     """
@@ -38,57 +38,36 @@ def doubling_widths(d_sae: int, n_levels: int) -> list[int]:
     return widths
 
 
-def points(job: Job, precision: Precision) -> Iterator[tuple[str, list[Setup]]]:
-    """Each axis with its points: the base, with one size replaced."""
-    base: dict[str, Any] = {name: size // job.shrink for name, size in BASE.items()}
-    for axis, sizes in AXES.items():
-        setups = []
-        for size in sizes:
-            point = {**base, "k": K, "levels": N_LEVELS}
-            point[axis] = size // job.shrink if axis in base else size
-            widths = doubling_widths(point["d_sae"], point.pop("levels"))
-            setups.append(
-                Setup(
-                    **point,
-                    widths=widths,
-                    n_dead=job.n_dead,
-                    device=job.device,
-                    autocast=precision.autocast,
-                )
-            )
-        yield axis, setups
+def setup_at(axis: str, size: int, options: Options) -> Setup:
+    """The base, with one size replaced."""
+    sizes: dict[str, Any] = {**BASE, "k": K, "levels": N_LEVELS, axis: size}
+    sizes |= {name: sizes[name] // options.shrink for name in BASE}
+    widths = doubling_widths(sizes["d_sae"], sizes.pop("levels"))
+    return Setup(**sizes, widths=widths, n_dead=options.n_dead, device=options.device)
 
 
-def run(job: Job) -> None:
+def run(options: Options) -> None:
     """Measure one axis after the other, and write what there is after each point."""
-    precision = TF32 if TF32 in precisions(job.device) else FLOAT32
-    names = [f"{OURS}, {our_implementations(job.device)[0]}", SAELENS, SAELENS_FLAT]
-    record: dict[str, Any] = {
-        "command": job.command,
-        "conditions": {"precision": precision.name, **job.described()},
-        "axes": {},
-    }
-    for axis, setups in points(job, precision):
+    precision = TF32 if TF32 in precisions(options.device) else FLOAT32
+    names = [f"{OURS}, {our_implementations(options.device)[0]}", SAELENS, SAELENS_FLAT]
+    record = {**options.record(precision=precision.name), "axes": {}}
+    for axis, sizes in AXES.items():
         measured = record["axes"][axis] = []
-        for setup in tqdm(setups, desc=axis, disable=None):
+        for size in tqdm(sizes, desc=axis, disable=None):
+            setup = setup_at(axis, size, options)
             with precision.applied():
-                steps = _steps(names, setup, job.rounds)
-            measured.append({"size": size_of(axis, setup), **shape(setup), "steps": steps})
-            records.save(job.out, report(record), record)
+                steps = _steps(names, setup, options.n_rounds)
+            actual = len(setup.widths) if axis == "levels" else getattr(setup, axis)
+            measured.append({"size": actual, **shape(setup), "steps": steps})
+            tables = (table(name, points) for name, points in record["axes"].items())
+            records.save(options.out, record, warning(options), *tables)
         print(table(axis, measured), flush=True)
-        if job.out is not None:
-            plot(record).savefig(f"{job.out}.png", dpi=130)
-
-
-def size_of(axis: str, setup: Setup) -> float:
-    return len(setup.widths) if axis == "levels" else getattr(setup, axis)
+        if options.out is not None:
+            plot(record).savefig(f"{options.out}.png", dpi=130)
 
 
 def _steps(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str, float] | None]:
-    """Time of a full step of each; None for one that does not fit into memory, even alone.
-
-    Those that fit side by side take turns.
-    """
+    """Time of a full step of each, in turn; None for one that does not fit into memory alone."""
     together, alone = list(names), []
     found: dict[str, dict[str, float]] = {}
     while together and not found:
@@ -107,7 +86,7 @@ def _steps(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str, f
 
 def _measure(names: list[str], setup: Setup, rounds: int) -> dict[str, dict[str, float]]:
     turns = turns_of(build(names, setup), ["step"])
-    times = measure_times(turns, rounds, WARM_UP, setup.device)
+    times = measure_times(turns, rounds, setup.device)
     return {name: spread(values) for (name, _), values in times.items()}
 
 
@@ -130,25 +109,15 @@ def table(axis: str, measured: list[dict[str, Any]]) -> str:
     return f"**{axis}**: time of a full step\n\n{markdown_table(titles, rows, n_text=0)}"
 
 
-def report(record: dict[str, Any]) -> str:
-    """The command, a table for each axis, and the conditions, as Markdown."""
-    tables = (table(axis, measured) for axis, measured in record["axes"].items())
-    return records.text(record, warning(record), *tables)
-
-
-def _base(facts: dict[str, Any]) -> str:
-    sizes = {name: size // facts["shrink"] for name, size in BASE.items()}
-    return (
-        f"d_in {sizes['d_in']}, otherwise d_sae {sizes['d_sae']}, {N_LEVELS} levels, k {K}, "
-        f"batch {sizes['batch_size']}"
-    )
-
-
 def plot(record: dict[str, Any]) -> Figure:
     """A panel for each axis: milliseconds of a full step, median, 10th to 90th percentile."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     facts = record["conditions"]
-    figure.suptitle(f"Full step on {facts['processor']}, {facts['precision']}: {_base(facts)}")
+    d_in, d_sae, batch_size = (size // facts["shrink"] for size in BASE.values())
+    figure.suptitle(
+        f"Full step on {facts['processor']}, {facts['precision']}: d_in {d_in}, otherwise d_sae "
+        f"{d_sae}, {N_LEVELS} levels, k {K}, batch {batch_size}"
+    )
     panels = figure.subplots(2, 2).flat
     for panel, (axis, measured) in zip(panels, record["axes"].items(), strict=False):
         for name in measured[0]["steps"]:

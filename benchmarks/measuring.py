@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from contestants import ENCODE, OURS, Contestant, InSAELens, Setup, encode_product, make_contestant
+from contestants import ENCODE, OURS, Contestant, Setup, encode_product, make_contestant
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.training.monitoring import OBSERVED_EVERY
 
 Turn = tuple[str, str]  # a contestant's name, and its method that runs
 KINDS = ("forward_backward", "step")
+WARM_UP = {"cpu": 2, "cuda": 5}  # uncounted rounds; kernels compile, and memory is allocated
 _MONITOR_PAIRS = 5  # steps with and without the monitor, per round
 
 
@@ -54,13 +55,10 @@ def turns_of(
 
 
 def measure_times(
-    turns: Mapping[Turn, Callable[[], object]],
-    rounds: int,
-    warm_up: int,
-    device: str,
-    title: str = "Rounds",
+    turns: Mapping[Turn, Callable[[], object]], rounds: int, device: str, title: str = "Rounds"
 ) -> dict[Turn, list[float]]:
     """Seconds of each turn in each round after the warm-up; every round has every turn once."""
+    warm_up = WARM_UP["cpu" if device == "cpu" else "cuda"]
     times: dict[Turn, list[float]] = {turn: [] for turn in turns}
     for _ in tqdm(range(warm_up + rounds), desc=title, disable=None, leave=None):
         for turn, run in turns.items():
@@ -70,42 +68,33 @@ def measure_times(
 
 
 def time_steps(
-    contestants: Mapping[str, Contestant],
-    setup: Setup,
-    rounds: int,
-    warm_up: int,
-    title: str = "Rounds",
+    contestants: Mapping[str, Contestant], setup: Setup, rounds: int, title: str = "Rounds"
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Seconds of forward-backward and full step of each contestant, and of the encode product.
 
-    For the first of our SAEs also `monitor`; see `monitor_cost`.
+    The first of our SAEs also has `monitor`; see `monitor_cost`.
     """
     turns = turns_of(contestants)
     with memory_for(ENCODE):
         turns[ENCODE, "forward_backward"] = encode_product(setup)
     results: dict[str, dict[str, dict[str, float]]] = {}
-    for (name, kind), values in measure_times(turns, rounds, warm_up, setup.device, title).items():
+    for (name, kind), values in measure_times(turns, rounds, setup.device, title).items():
         results.setdefault(name, {})[kind] = spread(values)
-    ours = next((name for name in contestants if name.startswith(OURS)), None)
-    if ours is not None:
-        results[ours]["monitor"] = monitor_cost(ours, contestants[ours], rounds)
+    ours = next(name for name in contestants if name.startswith(OURS))
+    results[ours]["monitor"] = monitor_cost(ours, contestants[ours], rounds)
     return results
 
 
 def monitor_cost(name: str, contestant: Contestant, rounds: int) -> dict[str, float]:
-    """What the monitor of training adds to a step, from steps with and without it in turn.
+    """What the monitor of training adds to a step, from pairs of steps with and without it.
 
     Returns:
         observed_step: Seconds of a step that the monitor observes.
         share: What it adds to the average step, as a share of one that it does not observe.
     """
-    assert isinstance(contestant, InSAELens)
-    turns: dict[Turn, Callable[[], object]] = {
-        (name, "monitored_step"): contestant.monitored_step,
-        (name, "step"): contestant.step,  # never observed, right after one that is
-    }
-    n_pairs = _MONITOR_PAIRS * rounds
-    times = measure_times(turns, n_pairs, 1, contestant.setup.device, "Monitor")
+    # the step right after one that is observed never is
+    turns = turns_of({name: contestant}, ["monitored_step", "step"])
+    times = measure_times(turns, _MONITOR_PAIRS * rounds, contestant.setup.device, "Monitor")
     observed, step = (np.array(values) for values in times.values())
     share = np.median(observed - step) / OBSERVED_EVERY / np.median(step)
     return {"observed_step": float(np.median(observed)), "share": float(share)}

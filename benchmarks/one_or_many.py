@@ -55,19 +55,12 @@ def main() -> None:
     records.silence_libraries()
     torch.set_num_threads(options.threads)
     benchmark = replace(SYNTHSAEBENCH["small"], n_samples=options.samples)
+    conditions = {name: getattr(options, name) for name in ("samples", "seed", "threads")}
+    conditions |= {name: getattr(benchmark, name) for name in ("batch_size", "d_in", "lr")}
+    record = records.start("one_or_many.py", options, "cpu", conditions)
     with tempfile.TemporaryDirectory() as folder:
-        record = compare(benchmark, options.seed, Path(folder))
-    record["command"] = records.command("one_or_many.py", options)
-    record["conditions"] = {
-        "samples": options.samples,
-        "seed": options.seed,
-        "threads": options.threads,
-        **{name: getattr(benchmark, name) for name in ("batch_size", "d_in", "lr")},
-        **records.machine("cpu"),
-    }
-    text = records.text(record, *tables(record))
-    print(text)
-    records.save(options.out, text, record)
+        record |= compare(benchmark, options.seed, Path(folder))
+    print(records.save(options.out, record, *tables(record)))
 
 
 def compare(benchmark: Benchmark, seed: int, folder: Path) -> dict[str, Any]:
@@ -89,8 +82,7 @@ def compare(benchmark: Benchmark, seed: int, folder: Path) -> dict[str, Any]:
             "separate": {width: results[str(width)].seconds for width in widths},
         },
         "parameters": {
-            "one": _n_parameters(benchmark.d_in, benchmark.d_sae),
-            "separate": {width: _n_parameters(benchmark.d_in, width) for width in widths},
+            width: 2 * benchmark.d_in * width + width + benchmark.d_in for width in widths
         },
         "levels": _level_scores(benchmark, seed, folder / "both"),
         "separate": [dict(results[str(width)].scores) for width in widths],
@@ -117,15 +109,10 @@ def _level_scores(benchmark: Benchmark, seed: int, folder: Path) -> list[dict[st
         return score(levels(sae), model, benchmark.n_scoring_samples)
 
 
-def _n_parameters(d_in: int, d_sae: int) -> int:
-    return 2 * d_in * d_sae + d_sae + d_in
-
-
 def tables(record: dict[str, Any]) -> list[str]:
     """Costs and scores as Markdown."""
     one, many = record["seconds"]["one"], sum(record["seconds"]["separate"].values())
-    n_one = record["parameters"]["one"]
-    n_many = sum(record["parameters"]["separate"].values())
+    n_many, n_one = sum(record["parameters"].values()), max(record["parameters"].values())
     mib = COPIES * 4 / 2**20
     costs = [
         ["one Matryoshka SAE, five levels", f"{one:.0f} s", f"{n_one:,}", f"{n_one * mib:.1f} MiB"],

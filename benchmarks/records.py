@@ -21,15 +21,17 @@ from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
 
-def command(script: str, *options: Any) -> str:
-    """The command line that repeats a run, from its option dataclasses."""
+def start(script: str, options: Any, device: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    """A record with the command line that repeats a run, from its options, and its conditions."""
     flags = [
         f"--{f.name}" if value is True else f"--{f.name} {value}"
-        for option in options
-        for f in fields(option)
-        if (value := getattr(option, f.name)) != f.default and f.name != "out"
+        for f in fields(options)
+        if (value := getattr(options, f.name)) != f.default and f.name != "out"
     ]
-    return " ".join([f"python benchmarks/{script}", *flags])
+    return {
+        "command": " ".join([f"python benchmarks/{script}", *flags]),
+        "conditions": {**conditions, **_machine(device)},
+    }
 
 
 def silence_libraries() -> None:
@@ -37,30 +39,40 @@ def silence_libraries() -> None:
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
 
 
-def text(record: dict[str, Any], *paragraphs: str) -> str:
-    """The command, then `paragraphs`, then the conditions, as Markdown."""
+def save(out: str | None, record: dict[str, Any], *paragraphs: str) -> str:
+    """Write OUT.md and OUT.json, if there is an OUT, each whole or not at all.
+
+    Returns:
+        The Markdown: the command, the paragraphs and the conditions.
+    """
     conditions = ", ".join(f"{name} {value}" for name, value in record["conditions"].items())
-    return "\n\n".join([f"`{record['command']}`", *filter(None, paragraphs), conditions]) + "\n"
-
-
-def save(out: str | None, text: str, record: dict[str, Any]) -> None:
-    """Write OUT.md and OUT.json, if there is an OUT, each whole or not at all."""
-    if out is None:
-        return
+    shown = [f"`{record['command']}`", *filter(None, paragraphs), conditions]
+    text = "\n\n".join(shown) + "\n"
     for ending, content in ((".md", text), (".json", json.dumps(record, indent=2) + "\n")):
-        path = Path(out + ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as unfinished:
-            unfinished.write_text(content)
+        if out is not None:
+            path = Path(out + ending)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as unfinished:
+                unfinished.write_text(content)
+    return text
 
 
-# Title, and where the figure is in a row of results.
+def milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms"
+
+
+def _mebibytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes >= 2**20 else "< 1 MiB"
+
+
+# Title, how a figure is shown, and where it is in a row of results.
 _COLUMNS = (
-    ("forward-backward", "forward_backward", "median"),
-    ("full step", "step", "median"),
-    ("full step / floor", "over_floor", "step"),
-    ("memory of forward-backward", "memory_bytes", "forward_backward"),
-    ("memory of a full step", "memory_bytes", "step"),
+    ("forward-backward", milliseconds, "forward_backward", "median"),
+    ("full step", milliseconds, "step", "median"),
+    ("full step / floor", "{:.2f}".format, "over_floor", "step"),
+    ("memory of forward-backward", _mebibytes, "memory_bytes", "forward_backward"),
+    ("memory of a full step", _mebibytes, "memory_bytes", "step"),
 )
 
 
@@ -71,36 +83,24 @@ def step_table(results: dict[str, dict[str, dict[str, float]]], base: str) -> st
         results: As from `measuring.time_steps`, with `memory_bytes` and `over_floor` if measured.
         base: The contestant that the others are compared with.
     """
-    titles, rows = [""], [[name] for name in results]
-    for title, key, part in _COLUMNS:
-        figures = {
-            name: row[key][part] for name, row in results.items() if part in row.get(key, {})
-        }
+    titles, rows = [""], {name: [name] for name in results}
+    for title, show, key, part in _COLUMNS:
+        figures = {n: row[key][part] for n, row in results.items() if part in row.get(key, {})}
         if not figures:
             continue
         titles += [title] if key == "over_floor" else [title, "×"]
-        for cells in rows:
-            cells += _cells(key, figures.get(cells[0]), figures.get(base))
-    return markdown_table(titles, rows)
-
-
-def _cells(key: str, figure: float | None, base: float | None) -> list[str]:
-    """A figure and its ratio."""
-    if key == "over_floor":
-        return ["" if figure is None else f"{figure:.2f}"]
-    if figure is None:
-        return ["", ""]
-    is_memory = key == "memory_bytes"
-    if is_memory and figure < 2**20:  # the process holds as much anyway
-        return ["< 1 MiB", ""]
-    shown = f"{figure / 2**20:.0f} MiB" if is_memory else milliseconds(figure)
-    ratio = "" if base is None or (is_memory and base < 2**20) else f"{base / figure:.2f}×"
-    return [shown, ratio]
-
-
-def milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms"
+        for name, cells in rows.items():
+            figure, reference = figures.get(name), figures.get(base)
+            cells.append("" if figure is None else show(figure))
+            if key == "over_floor":
+                continue
+            # less memory than that may be what the process holds anyway
+            least = 2**20 if key == "memory_bytes" else 0
+            if figure and reference and min(figure, reference) >= least:
+                cells.append(f"{reference / figure:.2f}×")
+            else:
+                cells.append("")
+    return markdown_table(titles, rows.values())
 
 
 def monitor_line(results: dict[str, dict[str, Any]]) -> str:
@@ -114,20 +114,18 @@ def monitor_line(results: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def machine(device: str) -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     """The hardware and the libraries."""
-    facts = {
-        "processor": torch.cuda.get_device_name()
-        if device != "cpu"
-        else _cpu_name() or platform.machine(),
+    libraries = {
         "torch": torch.__version__,
         "sae_lens": sae_lens.__version__,
         "python": platform.python_version(),
     }
     if device == "cpu":
-        return facts
+        return {"processor": _cpu_name() or platform.machine(), **libraries}
     return {
-        **facts,
+        "processor": torch.cuda.get_device_name(),
+        **libraries,
         "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1),
         "driver": _driver(),
         "cuda": torch.version.cuda,

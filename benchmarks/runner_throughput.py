@@ -7,8 +7,8 @@ Every run is SAELens' own: its runner, activation store and trainer, with the sh
 of `configs/`. gpt2 has random weights and random tokens, on which speed does not depend.
 Contestants take turns, each with two runs: an undisturbed one for tokens per second, and one whose
 calls are timed, for the shares of its parts. On CUDA the latter waits for the device where a part
-begins and ends, which slows it. Set-up, warm-up steps and saving are not counted. Steps count from
-2,001 on, where the monitor of our SAEs observes.
+begins and ends, which slows it. Set-up, warm-up steps and saving are not counted. Steps start at
+2,001, from where the monitor of our SAEs observes every 16th.
 """
 
 from __future__ import annotations
@@ -31,22 +31,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; the demo's model has an of
 import numpy as np
 import records
 import torch
+from contestants import OURS, SAELENS, SAELENS_FLAT, sae_config
 from datasets import Dataset
 from matplotlib.figure import Figure
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    LanguageModelSAERunnerConfig,
-    LoggingConfig,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-)
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.load_model import load_model
-from sae_lens.saes.sae import TrainingSAEConfig
 from simple_parsing import ArgumentParser
 from timed_runner import N_WARM_UP_STEPS, PARTS, REST, MeasuringRunner, PartTimer, Run
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo import run as demo
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.runs.config import load_run_config
@@ -56,7 +50,6 @@ from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.files import check_writable
 from sae_lens_matryoshka.util.markdown import markdown_table
 
-OURS, SAELENS, SAELENS_FLAT = "ours", "SAELens matryoshka_batchtopk", "SAELens batchtopk"
 CONTESTANTS = (OURS, SAELENS, SAELENS_FLAT)
 CONFIGS = {"gpt2": "gpt2-small.yaml", "demo": "demo.yaml"}
 N_TOKEN_SEQUENCES = 2048  # of gpt2's random tokens; the store starts over after the last
@@ -68,32 +61,33 @@ class Options:
 
     model: Literal["gpt2", "demo"] = "gpt2"  # GPT-2 small's architecture, or the package's own
     device: str = "cpu"
-    d_sae: int | None = None  # width of the dictionary; the model's config in configs/ if not given
+    d_sae: int | None = None  # width of the dictionary; as in the model's config if left out
     k: float | None = None  # mean number of active latents per activation; likewise
     batch_size: int | None = None  # activations in a training batch; likewise
-    training_tokens: int = 1_000_000  # counted ones of each run; rounded up to whole buffer refills
+    training_tokens: int = 1_000_000  # counted in each run; rounded up to whole buffer refills
     autocast: bool = False  # bfloat16 autocast of the SAE and the language model, as SAELens does
     repeats: int = 3  # turns of each contestant
     out: str | None = None  # write OUT.md, OUT.json and OUT.png: table, runs and picture
 
 
-def run_config(options: Options) -> LanguageModelSAERunnerConfig[Any]:
-    """The run of this package's SAE; the other contestants differ in `sae` alone."""
+def run_config(name: str, options: Options) -> LanguageModelSAERunnerConfig[Any]:
+    """The run of a contestant."""
     folder = Path(__file__).parent.parent / "configs"
     cfg = load_run_config(folder / CONFIGS[options.model])
     batch_size = options.batch_size or cfg.train_batch_size_tokens
-    # Over whole refills of the buffer the model reads as many tokens as the SAE is trained on.
+    # over whole refills of the buffer the model reads as many tokens as the SAE is trained on
     n_kept = int(cfg.n_batches_in_buffer * cfg.context_size * cfg.activations_mixing_fraction)
     refill = max(1, n_kept // batch_size)
     n_steps = math.ceil(options.training_tokens / batch_size / refill) * refill
     d_sae = options.d_sae or cfg.sae.d_sae
     return replace(
         cfg,
-        sae=MatryoshkaTrainingSAEConfig(
+        sae=sae_config(
+            name,
+            paper_widths(d_sae),
             d_in=cfg.sae.d_in,
             d_sae=d_sae,
             k=options.k or cfg.sae.k,
-            matryoshka_widths=paper_widths(d_sae),
             normalize_activations="expected_average_only_in",
             device=options.device,
         ),
@@ -118,23 +112,10 @@ def run_config(options: Options) -> LanguageModelSAERunnerConfig[Any]:
     )
 
 
-def sae_config(name: str, ours: MatryoshkaTrainingSAEConfig) -> TrainingSAEConfig:
-    """The contestant's SAE, of the same shape as `ours`."""
-    if name == OURS:
-        return ours
-    shape: dict[str, Any] = {
-        field: getattr(ours, field)
-        for field in ("d_in", "d_sae", "k", "normalize_activations", "device")
-    }
-    if name == SAELENS_FLAT:
-        return BatchTopKTrainingSAEConfig(**shape)
-    return MatryoshkaBatchTopKTrainingSAEConfig(**shape, matryoshka_widths=ours.matryoshka_widths)
-
-
 def model_and_data(options: Options, context_size: int) -> tuple[HookedTransformer, Dataset]:
     """The language model and its texts, made offline."""
     if options.model == "demo":
-        return _demo_model(options.device), Dataset.from_dict({"text": texts(demo.N_TEXTS, seed=0)})
+        return demo_model(options.device), Dataset.from_dict({"text": texts(demo.N_TEXTS, seed=0)})
     cfg = HookedTransformerConfig(
         n_layers=12,
         d_model=768,
@@ -153,7 +134,8 @@ def model_and_data(options: Options, context_size: int) -> tuple[HookedTransform
     return HookedTransformer(cfg), Dataset.from_dict({"input_ids": tokens})
 
 
-def _demo_model(device: str) -> HookedTransformer:
+def demo_model(device: str) -> HookedTransformer:
+    """The language model that comes with the package."""
     started_in = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(Path(demo.__file__).with_name("model"), Path(folder) / demo.MODEL_FOLDER)
@@ -167,19 +149,15 @@ def _demo_model(device: str) -> HookedTransformer:
 
 
 def measure(
-    name: str,
-    by_parts: bool,
-    cfg: LanguageModelSAERunnerConfig[Any],
-    model: HookedTransformer,
-    data: Dataset,
+    name: str, by_parts: bool, options: Options, model: HookedTransformer, data: Dataset
 ) -> Run:
     """One run of one contestant.
 
     Raises:
         FloatingPointError: weights are not finite at the end.
     """
+    cfg = run_config(name, options)
     torch.manual_seed(cfg.seed)
-    cfg = replace(cfg, sae=sae_config(name, cfg.sae))
     runner = MeasuringRunner(cfg, override_dataset=data, override_model=model)
     is_cuda = torch.device(cfg.device).type == "cuda"
     wait = functools.partial(torch.cuda.synchronize, cfg.device) if is_cuda else lambda: None
@@ -273,7 +251,6 @@ def conditions(options: Options, cfg: LanguageModelSAERunnerConfig[Any]) -> dict
         "repeats": options.repeats,
         "device": options.device,
         "threads": torch.get_num_threads(),
-        **records.machine(options.device),
     }
 
 
@@ -296,25 +273,21 @@ def main() -> None:
         parser.error(str(error))
     records.silence_libraries()
 
-    cfg = run_config(options)
-    record: dict[str, Any] = {
-        "command": records.command("runner_throughput.py", options),
-        "conditions": conditions(options, cfg),
-        "runs": [],
-    }
+    cfg = run_config(OURS, options)
+    facts = conditions(options, cfg)
+    record = records.start("runner_throughput.py", options, options.device, facts)
+    record["runs"] = []
     model, data = model_and_data(options, cfg.context_size)
     runs: list[Run] = []
     turns = list(itertools.product(range(options.repeats), (False, True), CONTESTANTS))
     for _, by_parts, name in tqdm(turns, desc="Runs", disable=None):
-        runs.append(measure(name, by_parts, cfg, model, data))
+        runs.append(measure(name, by_parts, options, model, data))
         record["runs"].append(asdict(runs[-1]))
-        records.save(options.out, "", record)  # no run is lost if one fails
+        records.save(options.out, record)  # no run is lost if one fails
         gc.collect()  # the SAE and its moments, before the next one's
 
     record["results"] = results = summarise(runs)
-    text = records.text(record, table(results))
-    print(text)
-    records.save(options.out, text, record)
+    print(records.save(options.out, record, table(results)))
     if options.out is not None:
         draw(Path(f"{options.out}.png"), results)
 

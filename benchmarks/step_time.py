@@ -23,7 +23,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import growth
@@ -44,42 +44,11 @@ from contestants import (
     make_contestant,
 )
 from measuring import DoesNotFit, build, gpu_peak, time_steps
+from options import Options
 from simple_parsing import ArgumentParser
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.training.widths import paper_widths
-from sae_lens_matryoshka.util.checks import checked_count, invalid_option
-from sae_lens_matryoshka.util.devices import check_device
-
-ROUNDS, PRESET_ROUNDS = 9, 20
-LARGEST_SHRINK = 64  # leaves the smallest dictionary of a preset more latents than k
-
-
-@dataclass
-class Options:
-    """What is measured, and where."""
-
-    d_in: int = 512  # width of the activations
-    d_sae: int = 16384  # width of the dictionary; levels are the paper's five
-    batch_size: int = 1024  # activations in a batch
-    k: float = 32  # mean number of active latents per activation
-    n_dead: int = 0  # latents that count as dead in every step
-    threads: int = 1  # CPU threads
-    device: str = "cpu"  # or cuda
-    dtype: str = "float32"
-    autocast: bool = False  # bfloat16 autocast, as SAELens' trainer does it
-    variants: bool = False  # this package's options instead of the peers
-    rounds: int | None = None  # turns of each contestant after the warm-up; 9, with --preset 20
-    out: str | None = None  # write OUT.md and OUT.json: the table, its command and conditions
-
-
-@dataclass
-class Preset:
-    """Fixed shapes and precisions; of the options above it takes n_dead, threads, device, rounds
-    and out."""
-
-    preset: str | None = None  # gemma, gpt2, or sweep (which also writes OUT.png)
-    shrink: int = 1  # divide d_in, d_sae and batch by this, to try a preset on a small machine
 
 
 def setup_of(options: Options) -> Setup:
@@ -112,12 +81,9 @@ def _resident_bytes(field: str = "VmRSS") -> int:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_arguments(Options, dest="options")
-    parser.add_arguments(Preset, dest="preset")
-    arguments = parser.parse_args()
-    options: Options = arguments.options
-    preset: Preset = arguments.preset
+    options: Options = parser.parse_args().options
     try:
-        _check(options, preset)
+        options.check()
     except ValueError as error:
         parser.error(str(error))
     records.silence_libraries()
@@ -125,73 +91,29 @@ def main() -> None:
     if options.device != "cpu":
         torch.cuda.set_device(torch.device(options.device).index or 0)
     try:
-        if preset.preset is None:
+        if options.preset is None:
             run_table(options)
+        elif options.preset == "sweep":
+            growth.run(options)
         else:
-            run_preset(options, preset)
+            presets.run(options.preset, options)
     except DoesNotFit as error:
         sys.exit(f"{error}; take a larger GPU or smaller sizes (--shrink 2 halves a preset's)")
 
 
-def _check(options: Options, preset: Preset) -> None:
-    check_device("--device", options.device)
-    checked_count("--rounds", 1 if options.rounds is None else options.rounds)
-    if not 1 <= preset.shrink <= LARGEST_SHRINK:
-        raise invalid_option("--shrink", preset.shrink, f"1 to {LARGEST_SHRINK}")
-    if preset.preset is None:
-        if preset.shrink != 1:
-            raise ValueError("--shrink needs a --preset")
-        return
-    accepted = [*presets.PRESETS, "sweep"]
-    if preset.preset not in accepted:
-        raise invalid_option("--preset", preset.preset, " or ".join(accepted))
-    fixed = ("d_in", "d_sae", "batch_size", "k", "dtype", "autocast", "variants")
-    given = [f"--{name}" for name in fixed if getattr(options, name) != getattr(Options(), name)]
-    if given:
-        raise ValueError(f"--preset {preset.preset} leaves no choice of {', '.join(given)}")
-
-
-def run_preset(options: Options, preset: Preset) -> None:
-    assert preset.preset is not None
-    job = presets.Job(
-        device=options.device,
-        n_dead=options.n_dead,
-        shrink=preset.shrink,
-        rounds=PRESET_ROUNDS if options.rounds is None else options.rounds,
-        threads=options.threads,
-        command=records.command("step_time.py", options, preset),
-        out=options.out,
-    )
-    if preset.preset == "sweep":
-        growth.run(job)
-    else:
-        presets.run(preset.preset, job)
-
-
 def run_table(options: Options) -> None:
-    rounds = ROUNDS if options.rounds is None else options.rounds
     peers = [SAELENS, SAELENS_FLAT, *([PEER] if has_peer() else [])]
     names = [OURS, *VARIANTS] if options.variants else [OURS, OURS_FLAT, REFERENCE, *peers]
     setup = setup_of(options)
-    results = time_steps(build(names, setup), setup, rounds, warm_up=2)
+    results = time_steps(build(names, setup), setup, options.n_rounds)
     for name in tqdm(names, desc="Memory", disable=None):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             memory = process.submit(measure_memory, options, name).result()
         results[name]["memory_bytes"] = {"step": memory}
-    record = {
-        "command": records.command("step_time.py", options),
-        "conditions": {
-            **{k: v for k, v in asdict(options).items() if k != "out"},
-            "rounds": rounds,
-            "widths": setup.widths,
-            **records.machine(options.device),
-        },
-        "results": results,
-    }
+    record = {**options.record(widths=setup.widths), "results": results}
     table = records.step_table(results, OURS if options.variants else SAELENS)
-    text = records.text(record, table, _ratios(results), records.monitor_line(results))
-    print(text)
-    records.save(options.out, text, record)
+    monitor = records.monitor_line(results)
+    print(records.save(options.out, record, table, _ratios(results), monitor))
 
 
 def _ratios(results: dict[str, dict[str, dict[str, float]]]) -> str:

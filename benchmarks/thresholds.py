@@ -10,8 +10,6 @@ Each row is one run and one step; the error is L0 / k − 1, in per cent.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Any
 
 import records
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from runner_throughput import demo_model
 from sae_lens import ActivationsStore
-from sae_lens.load_model import load_model
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer
@@ -30,7 +28,8 @@ from typing_extensions import override
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, N_EVAL_BATCHES, run_config
-from sae_lens_matryoshka.demo.run import write_model_and_texts
+from sae_lens_matryoshka.demo.corpus import texts
+from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, N_HELD_OUT, N_TEXTS
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.util.markdown import markdown_table
 
@@ -41,11 +40,11 @@ RUNS: list[dict[str, Any]] = [
     {"k": 1.25},
     {"k": 32},
 ]
-COLUMNS = ("moving_average", "without_start", "ours")
-
-
-def l0(scores: torch.Tensor, threshold: float) -> float:
-    return (scores > threshold).sum().item() / len(scores)
+TITLES = {
+    "moving_average": "moving average",
+    "without_start": "without its start",
+    "ours": "ours",
+}
 
 
 class MeasuringRunner(MatryoshkaTrainingRunner):
@@ -78,22 +77,21 @@ class MeasuringRunner(MatryoshkaTrainingRunner):
         state_dict = sae.state_dict()
         sae.process_state_dict_for_saving_inference(state_dict)
         average = sae.topk_threshold.item()
-        thresholds = (
-            average,
-            average / (1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps),
-            state_dict["threshold"][0].item(),
-        )
+        thresholds = {
+            "moving_average": average,
+            "without_start": average / (1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps),
+            "ours": state_dict["threshold"][0].item(),
+        }
         return {
-            name: 100 * (l0(scores, threshold) / sae.cfg.k - 1)
-            for name, threshold in zip(COLUMNS, thresholds, strict=True)
+            name: 100 * ((scores > threshold).sum().item() / len(scores) / sae.cfg.k - 1)
+            for name, threshold in thresholds.items()
         }
 
 
 def measure(options: dict[str, Any], model: HookedTransformer) -> list[dict[str, Any]]:
     """One run of the demo's length, compared at `STEPS`."""
-    corpus, held_out = (load_dataset(name, split="train") for name in ("corpus", "held_out"))
-    assert isinstance(corpus, Dataset)
-    assert isinstance(held_out, Dataset)
+    corpus = Dataset.from_dict({"text": texts(N_TEXTS, seed=0)})
+    held_out = Dataset.from_dict({"text": texts(N_HELD_OUT, seed=HELD_OUT_SEED)})
     cfg = run_config(MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, **options))
     cfg = replace(cfg, output_path=None, n_batches_for_norm_estimate=50)
     torch.manual_seed(cfg.seed)
@@ -109,26 +107,21 @@ def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     out = parser.parse_args().out
-    out = out and out.resolve()
     if not HF_HUB_OFFLINE:
         parser.error("set HF_HUB_OFFLINE=1: the model is a local one under an official name")
     records.silence_libraries()
-    with tempfile.TemporaryDirectory() as folder:
-        write_model_and_texts(Path(folder), seed=0)
-        os.chdir(folder)
-        model = load_model("HookedTransformer", "pythia-70m-deduped", "cpu")
-        assert isinstance(model, HookedTransformer)
-        rows = [row for options in RUNS for row in measure(options, model)]
+    model = demo_model("cpu")
+    rows = [row for options in RUNS for row in measure(options, model)]
     cells = [
         [
             str(row["k"]),
             row.get("normalize_activations", "none"),
             str(row["step"]),
-            *(f"{row[name]:+.1f} %" for name in COLUMNS),
+            *(f"{row[name]:+.1f} %" for name in TITLES),
         ]
         for row in rows
     ]
-    titles = ["k", "normalization", "step", "moving average", "without its start", "ours"]
+    titles = ["k", "normalization", "step", *TITLES.values()]
     print("\n" + markdown_table(titles, cells, n_text=2))
     if out:
         out.write_text(json.dumps(rows, indent=2) + "\n")

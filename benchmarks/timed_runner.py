@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,9 +18,6 @@ from typing_extensions import override
 
 from sae_lens_matryoshka.training.monitoring import FIRST_CHECK
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 MODEL, STORE, SAE_STEP, OPTIMIZER, REST = PARTS = (
     "language model",
     "activation store",
@@ -29,7 +26,8 @@ MODEL, STORE, SAE_STEP, OPTIMIZER, REST = PARTS = (
     "rest",
 )
 N_WARM_UP_STEPS = 8
-FIRST_STEP = FIRST_CHECK // 2 + 1  # from here on the monitor of our SAEs observes
+# From here on the monitor of our SAEs observes steps, and no window of statistics ends.
+FIRST_STEP = FIRST_CHECK // 2 + 1
 
 
 class PartTimer:
@@ -38,7 +36,7 @@ class PartTimer:
     Args:
         rest: The part for time outside all timed calls.
         synchronize: Waits for the device; called where a part begins or ends.
-        clock: The time, in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -66,11 +64,10 @@ class PartTimer:
         self._attribute()
         self.running = False
 
-    def timed(self, part: str, function: Callable[P, T]) -> Callable[P, T]:
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with its time attributed to `part`."""
 
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if not self.running:
                 return function(*args, **kwargs)
             self._attribute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SAELENS, SAELENS_FLAT = "SAELens matryoshka_batchtopk", "SAELens batchtopk"
 OURS = ["ours, sparse", "ours, reference", "ours, sparse, one level"]
+MODULES = (
+    *("ceilings", "contestants", "growth", "measuring", "options", "presets"),
+    "step_time",
+)
 
 
 @pytest.fixture
@@ -27,24 +32,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The modules of benchmarks/, as the script itself imports them."""
     level = logging.getLogger("sae_lens").level
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import ceilings
-    import contestants
-    import growth
-    import measuring
-    import precisions
-    import presets
-    import step_time
-
-    yield SimpleNamespace(
-        ceilings=ceilings,
-        contestants=contestants,
-        growth=growth,
-        measuring=measuring,
-        precisions=precisions,
-        presets=presets,
-        step_time=step_time,
-    )
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     logging.getLogger("sae_lens").setLevel(level)
+
+
+@pytest.fixture
+def small(benchmark: SimpleNamespace) -> Any:
+    """The setup of a small SAE."""
+    return benchmark.contestants.Setup(d_in=8, d_sae=32, widths=[8, 32], batch_size=16, k=4)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +59,7 @@ def test_preset_measures_every_contestant_and_the_floor(tmp_path: Path) -> None:
     record = json.loads(out.with_suffix(".json").read_text())
 
     assert record["command"] == (
-        "python benchmarks/step_time.py --rounds 2 --preset gemma --shrink 64"
+        "python benchmarks/step_time.py --preset gemma --shrink 64 --rounds 2"
     )
     conditions = record["conditions"]
     assert [conditions[name] for name in ("d_in", "d_sae", "batch_size", "k", "rounds")] == [
@@ -77,10 +72,7 @@ def test_preset_measures_every_contestant_and_the_floor(tmp_path: Path) -> None:
         floor, results = section["floor"], section["results"]
         assert floor["flops"] == 2 * 32 * 36 * 1024
         assert floor["optimizer_bytes"] == 7 * 4 * (2 * 36 * 1024 + 1024 + 36)
-        floor_seconds = (
-            floor["flops"] / floor["flops_per_second"]
-            + floor["optimizer_bytes"] / floor["bytes_per_second"]
-        )
+        floor_seconds = floor["encode_seconds"] + floor["optimizer_seconds"]
         peers = [name for name in results if name.startswith("dictionary_learning")]
         assert precision == "float32" or not peers
         contestants = [*OURS, SAELENS, SAELENS_FLAT, *peers]
@@ -104,7 +96,7 @@ def test_default_table_has_memory_and_ratios(
     in_thread = lambda n, context: ThreadPoolExecutor(n)  # noqa: E731
     monkeypatch.setattr(benchmark.step_time, "ProcessPoolExecutor", in_thread)
     sizes = {"d_in": 16, "d_sae": 64, "batch_size": 32, "k": 4, "rounds": 1}
-    benchmark.step_time.run_table(benchmark.step_time.Options(**sizes, out=str(tmp_path / "out")))
+    benchmark.step_time.run_table(benchmark.options.Options(**sizes, out=str(tmp_path / "out")))
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert {"ours", "ours, one level", "ours, reference", SAELENS, SAELENS_FLAT} <= set(results)
     for name, row in results.items():
@@ -118,12 +110,12 @@ def test_default_table_has_memory_and_ratios(
     [
         (["--device", "cuda", "--preset", "gemma"], r"--device='cuda' is not accepted: give cpu"),
         (["--preset", "gpt2", "--d_in", "3"], r"--preset gpt2 leaves no choice of --d_in$"),
-        (["--preset", "pythia"], r"--preset='pythia' .*: give gemma or gpt2 or sweep\.$"),
+        (["--preset", "pythia"], r"--preset: invalid .*'gemma', 'gpt2', 'sweep'.* 'pythia'"),
         (["--preset", "gpt2", "--shrink", "65"], r"--shrink=65 is not accepted: give 1 to 64\.$"),
         (["--rounds", "0"], r"--rounds=0 is not accepted: give a positive integer\.$"),
     ],
 )
-def test_refused(
+def test_mistakes(
     arguments: list[str],
     message: str,
     benchmark: SimpleNamespace,
@@ -140,10 +132,9 @@ def test_refused(
 
 
 def test_monitor_cost_is_the_median_difference_of_pairs(
-    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    benchmark: SimpleNamespace, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = benchmark.contestants.Setup(d_in=8, d_sae=32, widths=[8, 32], batch_size=16, k=4)
-    contestant = benchmark.contestants.make_contestant("ours, sparse", setup)
+    contestant = benchmark.contestants.make_contestant("ours, sparse", small)
     times = {("ours", "monitored_step"): [9.0, 2.0, 1.0], ("ours", "step"): [1.0, 1.2, 0.8]}
     monkeypatch.setattr(benchmark.measuring, "measure_times", lambda *_: times)
     cost = benchmark.measuring.monitor_cost("ours", contestant, 1)
@@ -151,9 +142,10 @@ def test_monitor_cost_is_the_median_difference_of_pairs(
 
 
 @pytest.mark.parametrize("name", ["ours, sparse", "ours, reference"])
-def test_a_measured_step_is_a_whole_training_step(benchmark: SimpleNamespace, name: str) -> None:
-    setup = benchmark.contestants.Setup(d_in=8, d_sae=32, widths=[8, 32], batch_size=16, k=4)
-    contestant = benchmark.contestants.make_contestant(name, setup)
+def test_a_measured_step_is_a_whole_training_step(
+    benchmark: SimpleNamespace, small: Any, name: str
+) -> None:
+    contestant = benchmark.contestants.make_contestant(name, small)
     sae, trainer = contestant.sae, contestant.trainer
     assert trainer.n_training_steps == 2000
     contestant.step()
@@ -189,18 +181,11 @@ def test_sweep_measures_one_size_at_a_time(
         return make_contestant(name, setup)
 
     monkeypatch.setattr(benchmark.measuring, "make_contestant", make_or_refuse)
-    monkeypatch.setattr(benchmark.growth, "WARM_UP", 0)
-    benchmark.growth.run(
-        benchmark.presets.Job(
-            device="cpu",
-            n_dead=0,
-            shrink=64,
-            rounds=1,
-            threads=1,
-            command="command",
-            out=str(tmp_path / "sweep"),
-        )
+    monkeypatch.setitem(benchmark.measuring.WARM_UP, "cpu", 0)
+    options = benchmark.options.Options(
+        preset="sweep", shrink=64, rounds=1, out=str(tmp_path / "sweep")
     )
+    benchmark.growth.run(options)
 
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert {axis: [p["size"] for p in points] for axis, points in record["axes"].items()} == {
@@ -278,9 +263,8 @@ def test_floor_by_hand(benchmark: SimpleNamespace) -> None:
     floor = benchmark.ceilings.floor(
         d_in=3, d_sae=5, batch_size=7, flops_per_second=100.0, bytes_per_second=1000.0
     )
-    assert floor.encode_seconds == pytest.approx(2.1)  # 2 · 7 · 3 · 5 = 210 operations
-    assert floor.optimizer_seconds == pytest.approx(1.064)  # 38 parameters of 4 bytes, 7 times
-    assert floor.seconds == pytest.approx(3.164)
+    assert floor["encode_seconds"] == pytest.approx(2.1)  # 2 · 7 · 3 · 5 = 210 operations
+    assert floor["optimizer_seconds"] == pytest.approx(1.064)  # 38 parameters of 4 bytes, 7 times
     setup = benchmark.contestants.Setup(d_in=3, d_sae=5, widths=[5], batch_size=7, k=1)
     ours = benchmark.contestants.make_contestant("ours, sparse", setup)
     assert sum(parameter.numel() for parameter in ours.parameters) == 38
@@ -330,14 +314,14 @@ def test_gpu_memory_is_beyond_parameters_gradients_and_moments(
 def test_contestants_and_precisions_of_a_gpu(
     benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contestants, precisions = benchmark.contestants, benchmark.precisions
-    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: ModuleType(name))
+    contestants, precisions = benchmark.contestants, benchmark.ceilings.precisions
+    monkeypatch.setattr(contestants, "why_no_triton", lambda: None)
     assert contestants.our_implementations("cuda:1") == ["triton", "sparse", "reference"]
     assert contestants.our_implementations("cpu") == ["sparse", "reference"]
-    names = [precision.name for precision in precisions.precisions("cuda")]
+    names = [precision.name for precision in precisions("cuda")]
     assert names == ["float32", "float32 with TF32", "bfloat16 autocast"]
     monkeypatch.setattr(benchmark.presets, "has_peer", lambda: True)
-    for precision in precisions.precisions("cuda"):
+    for precision in precisions("cuda"):
         with precision.applied():
             assert torch.backends.cuda.matmul.allow_tf32 == (precision.name == names[1])
         chosen = benchmark.presets._names("cuda", precision)
