@@ -1,7 +1,5 @@
 """Precisions, the rates that the machine reaches in them, and the least time of a step."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager

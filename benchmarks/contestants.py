@@ -1,7 +1,5 @@
 """The SAEs to compare, each in its own library's trainer."""
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """How the time of a step grows with one size at a time, and a plot of it."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

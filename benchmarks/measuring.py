@@ -1,7 +1,5 @@
 """Time and memory of what the contestants do."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

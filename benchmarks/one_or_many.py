@@ -9,8 +9,6 @@ same sparse code. Those L0 are measured in a first training of the Matryoshka SA
 those of `sae-matryoshka synth`, of the saved SAEs.
 """
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The options of step_time.py."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Published training shapes, each in every precision that the device has, against the floor."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a benchmark writes: tables, figures, and the machine that they come from."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -11,8 +11,6 @@ begins and ends, which slows it. Set-up, warm-up steps and saving are not counte
 2,001, from where the monitor of our SAEs observes every 16th.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

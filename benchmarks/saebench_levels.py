@@ -7,8 +7,6 @@ on six levels of it, in turn, each into a new folder. Needs the folder that `sae
 leaves.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -18,8 +18,6 @@ matrix rate and bandwidth leave (presets.py, ceilings.py); `sweep` lets one size
 moments; on a CPU none. `--shrink` runs presets on a small machine.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor

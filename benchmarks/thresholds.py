@@ -7,8 +7,6 @@ step: SAELens' moving average, that average without its start from 0, and what t
 Each row is one run and one step; the error is L0 / k − 1, in per cent.
 """
 
-from __future__ import annotations
-
 import json
 from argparse import ArgumentParser
 from dataclasses import replace

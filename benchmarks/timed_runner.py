@@ -1,7 +1,5 @@
 """SAELens' training runner, timed: a run, and each part of it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

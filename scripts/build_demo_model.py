@@ -5,8 +5,6 @@
 Takes some minutes on one CPU thread, and writes an ordinary Hugging Face folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import time

@@ -6,8 +6,6 @@ For each seed of training, `sae-matryoshka demo` runs once and its SAEs are eval
 seeds of SAEBench. What is finished in the work folder is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

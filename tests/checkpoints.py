@@ -1,7 +1,5 @@
 """Small checkpoints of every format that `load_sae` reads: the files of a folder, by name."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """SAELens' `matryoshka_batchtopk` and this package's SAE, driven through the same steps."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The README's examples of trained SAEs, run as they stand."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A random two-layer model, its token data set and short runs on them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reading a W&B run's own file, which offline mode leaves behind: a LevelDB log of protobufs."""
 
-from __future__ import annotations
-
 import json
 import struct
 import time

@@ -4,8 +4,6 @@ Nothing here imports PyTorch or SAELens before a subcommand runs, so that help a
 command answer at once.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`sae-matryoshka demo`: train and evaluate on a small model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

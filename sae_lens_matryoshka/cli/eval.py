@@ -1,7 +1,5 @@
 """`sae-matryoshka eval`: SAEBench on SAEs and their levels."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

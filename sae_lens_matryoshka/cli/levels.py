@@ -1,7 +1,5 @@
 """`sae-matryoshka levels`: a table, a plot and a diagnosis of the levels of an SAE."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measuring the levels of an SAE with the options of `options.add_measuring`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from contextlib import redirect_stdout

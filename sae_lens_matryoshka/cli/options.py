@@ -1,7 +1,5 @@
 """The parser of every subcommand, and the options that several of them share."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -1,7 +1,5 @@
 """`sae-matryoshka publish`: an SAE, its levels and a model card on the Hub."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

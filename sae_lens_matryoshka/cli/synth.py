@@ -1,7 +1,5 @@
 """`sae-matryoshka synth`: SAEs trained where the true features are known."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

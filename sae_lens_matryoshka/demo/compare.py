@@ -3,8 +3,6 @@
 It runs in the demo's folder, where the model and the texts are found by relative names.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

@@ -7,8 +7,6 @@ topic within a domain, so that activations have a hierarchy: general words of th
 specific words of the topic.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache

@@ -1,7 +1,5 @@
 """The demo's table and picture."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple

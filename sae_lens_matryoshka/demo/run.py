@@ -1,7 +1,5 @@
 """The demo: BatchTopK against Matryoshka on a small language model, offline, in a few minutes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

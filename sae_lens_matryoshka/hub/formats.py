@@ -1,7 +1,5 @@
 """The formats that `load_sae` knows, and readers for those that SAELens does not read from disk."""
 
-from __future__ import annotations
-
 import ast
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Loading SAEs, published or local, with their level widths."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress

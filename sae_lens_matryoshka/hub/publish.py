@@ -1,7 +1,5 @@
 """Publishing an SAE and its levels on the Hugging Face Hub, with a model card."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -6,8 +6,6 @@ side: in PyTorch (`selection`, `layout`, `sums`) and in Triton (`selection_trito
 twin describes the operation.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps

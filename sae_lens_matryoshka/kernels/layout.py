@@ -1,7 +1,5 @@
 """Codes sorted by (row, level) and by latent, in PyTorch."""
 
-from __future__ import annotations
-
 import torch
 
 from sae_lens_matryoshka.kernels.codes import Codes, Layout

@@ -8,8 +8,6 @@ order, and with it every sum over codes, is the same in each run.
 # Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

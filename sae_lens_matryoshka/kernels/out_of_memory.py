@@ -1,7 +1,5 @@
 """Out-of-memory errors that name the tensor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ faster `select_above` looks only at scores above a floor, a little below the las
 proves that no score it skipped could have been kept; where it can't, `select_full` decides.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sae_lens_matryoshka.kernels.codes import Codes

@@ -11,8 +11,6 @@ find a floor in the same way from the whole matrix. The host launches the same k
 # Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A sum over codes is an embedding bag: a bag is a run of consecutive codes, its e
 sum of matrix rows. Indices are int32, half the traffic of int64 and enough for any dictionary.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -7,8 +7,6 @@ added atomically, so equal inputs give equal bits. Sums are float32, whatever th
 # Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Small copies between host and device that make neither wait for the other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Whether this machine can run Triton kernels."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from functools import cache

@@ -1,7 +1,5 @@
 """The levels of an SAE as a table and as a plot."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

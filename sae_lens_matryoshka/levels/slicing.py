@@ -1,7 +1,5 @@
 """One trained SAE seen as nested SAEs, one per level."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Measures of each level of an SAE: from its weights, on activations, inside its model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Fields go by their dotted names here: `lr`, `sae.k`, `logger.log_to_wandb`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence

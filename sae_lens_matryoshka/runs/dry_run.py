@@ -1,7 +1,5 @@
 """What a training run would do, checked before anything loads and without a network."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Stop SAELens' trainer between two steps, and write complete checkpoints or none."""
 
-from __future__ import annotations
-
 import os
 import signal
 import traceback

@@ -1,7 +1,5 @@
 """Training runs that resume after a signal or an exception as if nothing had happened."""
 
-from __future__ import annotations
-
 import json
 import signal
 from functools import partial

@@ -1,7 +1,5 @@
 """Loading, naming and fingerprinting the SAEs and levels that an evaluation compares."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings

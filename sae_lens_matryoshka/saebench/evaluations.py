@@ -1,7 +1,5 @@
 """SAEBench's evaluations: what each measures, needs and writes."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """One evaluation with one seed in a process of its own, whose code is in `worker`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

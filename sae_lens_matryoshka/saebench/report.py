@@ -1,7 +1,5 @@
 """The results of an evaluation as a table, plots and a page to open in a browser."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping
 from itertools import cycle

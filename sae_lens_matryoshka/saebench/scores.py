@@ -1,7 +1,5 @@
 """Scores over seeds: means, intervals, and which differences are larger than the spread."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

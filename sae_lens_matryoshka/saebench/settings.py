@@ -1,7 +1,5 @@
 """Checks of what the user asks of SAEBench, before any SAE or language model loads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SAEBench over SAEs, their levels and seeds: plan what to run, run it, record what failed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

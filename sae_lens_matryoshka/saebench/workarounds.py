@@ -7,8 +7,6 @@ of SAEBench and transformers are wrapped, and the SAEs are handed over in a list
 generators before each of them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -3,8 +3,6 @@
 What SAEBench needs beyond its own code is in `workarounds`.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

@@ -1,7 +1,5 @@
 """The benchmarks: synthetic activations with known features and a known feature hierarchy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

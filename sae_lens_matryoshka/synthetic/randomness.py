@@ -1,7 +1,5 @@
 """Random streams that are independent of each other and of everything else that draws numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum

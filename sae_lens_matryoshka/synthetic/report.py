@@ -1,7 +1,5 @@
 """Scores over seeds: as a table, in files to compute with, and as plots."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """Results on disk: SAEs that were trained and scored, each with its settings."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """How well an SAE recovers the true features, and how much it absorbs parents into children."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The SAEs of one seed share their samples, which are slow to draw; seeds are independent tasks.
 """
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import time

@@ -1,7 +1,5 @@
 """The SAEs to compare: architectures, and the Matryoshka SAE with its options varied."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """What the training SAEs of this package share: the plan of a step, its losses and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple

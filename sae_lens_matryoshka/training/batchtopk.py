@@ -1,7 +1,5 @@
 """The training SAE of the architecture `"matryoshka"`."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from typing import Any, NamedTuple

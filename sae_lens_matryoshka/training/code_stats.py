@@ -1,7 +1,5 @@
 """How often latents are active and how strongly: what a diagnosis goes by."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 

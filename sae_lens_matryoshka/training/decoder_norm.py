@@ -1,7 +1,5 @@
 """Decoder rows of norm 1, and gradients without a component along them."""
 
-from __future__ import annotations
-
 import weakref
 
 import torch

@@ -4,8 +4,6 @@ Their losses on pre-activations are SAELens' as well; the levels are decoded fro
 as in `batchtopk`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What is wrong with a Matryoshka SAE, told from a few numbers, and what to try."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

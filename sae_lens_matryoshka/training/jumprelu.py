@@ -1,7 +1,5 @@
 """The training SAE of the architecture `"matryoshka_jumprelu"`."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float
 from sae_lens import JumpReLUTrainingSAE

@@ -4,8 +4,6 @@
 position of each latent.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -19,8 +19,6 @@ functions also return the rows of the dead latents, so that the gradient of the 
 added to the same buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The prefixes of a training step: which are drawn, and the level of each latent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal

@@ -1,7 +1,5 @@
 """Configs that compute the training step of other Matryoshka libraries."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

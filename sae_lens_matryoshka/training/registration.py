@@ -1,7 +1,5 @@
 """Registers the architectures of this package with SAELens."""
 
-from __future__ import annotations
-
 from sae_lens import register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 

@@ -12,8 +12,6 @@ A BatchTopK SAE's `threshold` (d_sae,) is calibrated when it is saved (see `batc
 of training, the level widths among them, are in `metadata.training_architecture_details`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Schedules over training steps: of k, and of the weights of inner levels."""
 
-from __future__ import annotations
-
 import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar

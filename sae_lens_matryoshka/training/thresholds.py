@@ -1,7 +1,5 @@
 """JumpReLU thresholds that keep as many latents as BatchTopK did in training."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training SAE of the architecture `"matryoshka_topk"`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

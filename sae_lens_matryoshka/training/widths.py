@@ -1,7 +1,5 @@
 """The width of each nested level: where none are given, the paper's split of the dictionary."""
 
-from __future__ import annotations
-
 import itertools
 import numbers
 import warnings

@@ -1,7 +1,5 @@
 """Checks of options; their errors name the option, its value and what is accepted."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from typing import Any, TypeGuard

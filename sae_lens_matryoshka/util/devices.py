@@ -1,7 +1,5 @@
 """Whether PyTorch can compute on a device."""
 
-from __future__ import annotations
-
 import torch
 
 from sae_lens_matryoshka.util.checks import invalid_option

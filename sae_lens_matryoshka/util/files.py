@@ -1,7 +1,5 @@
 """Files and folders that appear under their names only once they are complete."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models and hook names, checked before a model loads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

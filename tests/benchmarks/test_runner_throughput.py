@@ -1,7 +1,5 @@
 """The benchmark of whole runs: its medians and shares, and that all time is counted once."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What the step-time benchmark computes, on small shapes, and what it would compute on a GPU."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging

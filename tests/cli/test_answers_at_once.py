@@ -1,7 +1,5 @@
 """Help, and mistakes in a command, are answered without importing what takes seconds."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The commands `levels` and `publish`: what they print and write, and how they refuse."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

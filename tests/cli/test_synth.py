@@ -1,7 +1,5 @@
 """`sae-matryoshka synth`: its mistakes, its files, and what a second call does."""
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import replace

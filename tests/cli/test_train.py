@@ -1,7 +1,5 @@
 """The command line: what it builds, and how it refuses, in one line and before a model loads."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import types

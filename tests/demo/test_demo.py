@@ -1,7 +1,5 @@
 """What the demo leaves, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The demo corpus, and what the demo model has learned of it."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from pathlib import Path

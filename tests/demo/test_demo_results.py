@@ -1,7 +1,5 @@
 """The aggregation of `scripts/demo_results.py`."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

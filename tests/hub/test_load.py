@@ -1,7 +1,5 @@
 """`load_sae` gives what the checkpoint's own library computes, or one clear error."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

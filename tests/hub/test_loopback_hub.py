@@ -1,7 +1,5 @@
 """The loopback Hub answers the real client as the real Hub does."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

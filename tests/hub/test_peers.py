@@ -1,7 +1,5 @@
 """Checkpoints of other libraries load, and their levels compute what those libraries do."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

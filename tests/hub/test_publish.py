@@ -1,7 +1,5 @@
 """What is published is what was trained, completely or not at all, with a correct card."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

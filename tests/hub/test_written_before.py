@@ -4,8 +4,6 @@ Both were made with `tests.tiny` by version 746ea28: a checkpoint after 11 of 20
 that the same run saved at its end.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

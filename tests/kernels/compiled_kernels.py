@@ -5,8 +5,6 @@ JSON for each kernel: its name, registers of a thread, spilled bytes, shared mem
 under TRITON_INTERPRET, with which kernels are no longer compiled.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Counting gives the very order that stable sorting gives."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """An out-of-memory error in a step names the tensor."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

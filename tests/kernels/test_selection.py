@@ -1,7 +1,5 @@
 """The fast selection returns what ranking the dense scores does, whatever floor it is told."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The selection kernels keep what a stable sort of all scores keeps, whatever floor they get."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

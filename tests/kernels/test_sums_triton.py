@@ -1,7 +1,5 @@
 """The summing kernels against their twins in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Every kernel compiles for the GPUs it is meant for, by Triton's own compiler, without a GPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

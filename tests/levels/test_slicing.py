@@ -1,7 +1,5 @@
 """A truncated SAE is its first latents wherever SAELens takes an SAE, and changes nothing else."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Per-level numbers, against the slow way to the same numbers."""
 
-from __future__ import annotations
-
 import statistics
 from functools import partial
 from pathlib import Path

@@ -8,8 +8,6 @@ latents) of `activations.npy` (tokens, d_in), and `reconstructions.npy` (groups,
 the first group of latents alone, the first two and so on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -7,8 +7,6 @@ FOLDER is where requirements.txt is installed. OUT/DTYPE.pt gets what the traine
 (`after`), under the names that the weights have in SAELens as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

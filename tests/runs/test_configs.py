@@ -1,7 +1,5 @@
 """The configs of the repository: the numbers that their comments and sources state."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`train --dry-run`: what it prints, and what it refuses, without a network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import huggingface_hub.constants

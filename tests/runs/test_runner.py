@@ -1,7 +1,5 @@
 """Runs resume after a signal or an exception as if nothing had happened."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """A Hub with the demo's model and small data sets, three SAEs, and a run of every evaluation."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

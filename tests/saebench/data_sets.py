@@ -4,8 +4,6 @@ The demo's model knows these words, so what SAEBench asks of it can be answered:
 document is of, which of two domains its second half is of, what a word's first letter is.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import random

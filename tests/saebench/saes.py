@@ -1,7 +1,5 @@
 """SAEs of the demo's model to evaluate: one trained in the demo's way, and two that bracket it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The last part of the demo: SAEBench on both of its SAEs, offline, in its folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

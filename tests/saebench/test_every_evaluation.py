@@ -1,7 +1,5 @@
 """SAEBench's own evaluations through `eval`: values that a broken SAE would not give."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `eval` refuses, before any language model loads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every command of docs/reproduce.md, as a dry run."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator

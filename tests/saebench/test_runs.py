@@ -1,7 +1,5 @@
 """How `eval` resumes after a crash, continues past failures, and reproduces its numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """SAEBench's own functions take what this package trains, loads and truncates, without `eval`."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

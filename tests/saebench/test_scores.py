@@ -1,7 +1,5 @@
 """Means, intervals and rankings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The benchmarks have the probabilities, directions and parents that they document."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from sae_lens.synthetic import SyntheticModel

@@ -1,7 +1,5 @@
 """The scores of SAEs built by hand, for which each score is known."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

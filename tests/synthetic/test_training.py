@@ -1,7 +1,5 @@
 """Training in lockstep: results do not depend on the SAEs beside, and are not made twice."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Which SAEs the options of the command line give."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The sparse objective as plain functions, and the mixing matrix that its gradients follow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

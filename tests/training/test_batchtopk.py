@@ -1,7 +1,5 @@
 """What the training SAE promises besides equal numbers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

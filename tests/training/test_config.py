@@ -1,7 +1,5 @@
 """The configuration: defaults, and the errors that name a field, its value and what is accepted."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import subprocess

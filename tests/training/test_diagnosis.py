@@ -1,7 +1,5 @@
 """Faults of Matryoshka SAEs are recognised, on runs that have them, and healthy runs are silent."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

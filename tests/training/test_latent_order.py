@@ -1,7 +1,5 @@
 """Levels of the most frequent latents: followed, saved in order, and moved with what is theirs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens import SAE, LoggingConfig
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
@@ -118,7 +116,6 @@ def make_trainer(architecture: str) -> SAETrainer[Any, Any]:
         device="cpu",
         dead_feature_window=2,
         feature_sampling_window=100,
-        logger=LoggingConfig(log_to_wandb=False),
     )
     return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
@@ -128,7 +125,7 @@ def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: st
     """Two trainings on the same batches, one reordered now and then: the same SAE, renumbered."""
     plain, reordered = make_trainer(architecture), make_trainer(architecture)
     tolerance = 1e-6 if "jump" in architecture else 1e-9  # its threshold is float32
-    places = torch.arange(D_SAE)  # the number in `plain` of each latent of `reordered`
+    number = torch.arange(D_SAE)  # in `plain`, of each latent of `reordered`
     torch.manual_seed(7)
     for step in range(12):
         x = torch.randn(BATCH, D_IN, dtype=torch.float64)
@@ -136,11 +133,11 @@ def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: st
             trainer.step(x)
             trainer.n_training_steps += 1
         if step % 3 == 2:
-            places = places[level_order(reordered.sae.firing_rates)]
+            number = number[level_order(reordered.sae.firing_rates)]
             reorder_latents(reordered)
             rates = reordered.sae.firing_rates
             assert torch.equal(rates, rates.sort(descending=True).values)
-    assert places.tolist() != list(range(D_SAE))
+    assert number.tolist() != list(range(D_SAE))
     moments = {
         name: reordered.optimizer.state[parameter]
         for name, parameter in reordered.sae.named_parameters()
@@ -154,11 +151,11 @@ def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: st
         ]
         for expected, actual in pairs:
             if dim is not None:
-                expected = expected.index_select(dim, places)
+                expected = expected.index_select(dim, number)
             assert relative_error(actual, expected) < tolerance, name
-    assert torch.equal(reordered.act_freq_scores, plain.act_freq_scores[places])
+    assert torch.equal(reordered.act_freq_scores, plain.act_freq_scores[number])
     assert torch.equal(
-        reordered.n_forward_passes_since_fired, plain.n_forward_passes_since_fired[places]
+        reordered.n_forward_passes_since_fired, plain.n_forward_passes_since_fired[number]
     )
     assert reordered.sae.W_enc.T.is_contiguous()
 

@@ -1,7 +1,5 @@
 """The sparse objective against the dense formula, and the sparse sums against plain loops."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """One training step equals SAELens' `matryoshka_batchtopk`, over drawn shapes and options."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import example, given, settings

@@ -1,7 +1,5 @@
 """Prefixes drawn at each step: their law, and that nothing but seed and step decides them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Training steps with the presets, under SAELens' trainer, equal those of the peers."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

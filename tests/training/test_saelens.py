@@ -1,7 +1,5 @@
 """Everything in SAELens that touches a training SAE, each on the real class."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """JumpReLU thresholds keep as many latents as asked, exactly on the activations they come from."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

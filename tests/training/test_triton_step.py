@@ -1,7 +1,5 @@
 """Training steps that Triton kernels compute, against SAELens' and against the reference."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -9,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
@@ -200,7 +197,19 @@ def test_a_run_of_saelens_trainer() -> None:
         sae = sae_class(
             config_class(d_in=d_in, d_sae=d_sae, k=k, device=DEVICE, implementation=implementation)
         )
-        trainer = SAETrainer(cfg=trainer_config(batch), sae=sae, data_provider=iter(()))
+        trainer = SAETrainer(
+            SAETrainerConfig(
+                total_training_samples=10**9,
+                train_batch_size_samples=batch,
+                lr=3e-3,
+                lr_end=3e-3,
+                device=DEVICE,
+                dead_feature_window=20,
+                feature_sampling_window=10**6,
+            ),
+            sae,
+            iter(()),
+        )
         losses = []
         for step in range(n_steps):
             losses.append(trainer.step(batches[step % 4]).loss.item())
@@ -249,30 +258,6 @@ def test_only_the_check_of_the_loss_waits_for_the_gpu(
             run_step(sae, x, dead, step).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def trainer_config(batch_size: int) -> SAETrainerConfig:
-    return SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        total_training_samples=10**9,
-        device=DEVICE,
-        autocast=False,
-        lr=3e-3,
-        lr_end=3e-3,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=batch_size,
-        dead_feature_window=20,
-        feature_sampling_window=10**6,
-        logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=1,
-    )
 
 
 def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

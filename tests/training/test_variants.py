@@ -1,7 +1,5 @@
 """Every option of the nested objective against its reference, on all three architectures."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

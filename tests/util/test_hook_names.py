@@ -1,7 +1,5 @@
 """Names of models and places."""
 
-from __future__ import annotations
-
 import pytest
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
