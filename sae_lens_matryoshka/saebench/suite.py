@@ -281,7 +281,7 @@ def _run_locked(plan: Plan) -> Record:
                     reasons |= failed
                     record.not_run[evaluation] = reasons
                     record.write(plan.out)
-                    is_hopeless = asked <= failed.keys()  # with any seed
+                    is_hopeless = asked <= failed.keys()  # another seed would not help
                 n_done += len(asked)
                 show(0)
     return record
