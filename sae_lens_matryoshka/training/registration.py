@@ -1,22 +1,38 @@
 """Registers the architectures of this package with SAELens."""
 
-from sae_lens import register_sae_training_class
+import importlib
+from collections.abc import Sequence
+from typing import Any, cast
+
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from typing_extensions import override
 
-from sae_lens_matryoshka.training.batchtopk import MatryoshkaTrainingSAE
-from sae_lens_matryoshka.training.config import (
-    MatryoshkaJumpReLUTrainingSAEConfig,
-    MatryoshkaTopKTrainingSAEConfig,
-    MatryoshkaTrainingSAEConfig,
-)
-from sae_lens_matryoshka.training.jumprelu import MatryoshkaJumpReLUTrainingSAE
-from sae_lens_matryoshka.training.topk import MatryoshkaTopKTrainingSAE
+_TRAINING = __name__.rpartition(".")[0]
+_ARCHITECTURES = {  # architecture: module and name of its class; its config is NameConfig
+    "matryoshka": ("batchtopk", "MatryoshkaTrainingSAE"),
+    "matryoshka_topk": ("topk", "MatryoshkaTopKTrainingSAE"),
+    "matryoshka_jumprelu": ("jumprelu", "MatryoshkaJumpReLUTrainingSAE"),
+}
 
-_ARCHITECTURES = (
-    (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
-    (MatryoshkaTopKTrainingSAE, MatryoshkaTopKTrainingSAEConfig),
-    (MatryoshkaJumpReLUTrainingSAE, MatryoshkaJumpReLUTrainingSAEConfig),
-)
+
+class _Classes(Sequence[Any]):
+    """An architecture's class and config class, imported when SAELens reads one of them.
+
+    So loading an SAE for inference, which imports SAELens, imports no training class.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self._sources = ((module, name), ("config", f"{name}Config"))
+        self.full_name = f"{_TRAINING}.{module}.{name}"
+
+    @override
+    def __getitem__(self, index: Any) -> Any:
+        module, name = self._sources[index]
+        return getattr(importlib.import_module(f"{_TRAINING}.{module}"), name)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
 def register_architectures() -> None:
@@ -25,18 +41,15 @@ def register_architectures() -> None:
     Raises:
         ValueError: another package registered the name of one first.
     """
-    for sae_class, config_class in _ARCHITECTURES:
-        name = config_class.architecture()
-        known = SAE_TRAINING_CLASS_REGISTRY.pop(name, None)  # ours after a reload
-        if known is not None and _full_name(known[0]) != _full_name(sae_class):
-            SAE_TRAINING_CLASS_REGISTRY[name] = known
-            raise ValueError(
-                f"The SAELens architecture {name!r} is already taken by {_full_name(known[0])}, so "
-                f"{_full_name(sae_class)} can't be registered under that name. Use one of the two "
-                "packages in a process."
-            )
-        register_sae_training_class(name, sae_class, config_class)
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    for architecture, names in _ARCHITECTURES.items():
+        classes = _Classes(*names)
+        taken = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
+        if taken is not None:
+            full_name = f"{taken[0].__module__}.{taken[0].__qualname__}"
+            if full_name != classes.full_name:
+                raise ValueError(
+                    f"The SAELens architecture {architecture!r} is already taken by {full_name}, "
+                    f"so {classes.full_name} can't be registered under that name. Use one of the "
+                    "two packages in a process."
+                )
+        SAE_TRAINING_CLASS_REGISTRY[architecture] = cast(Any, classes)

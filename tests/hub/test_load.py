@@ -648,15 +648,8 @@ def test_disk_that_is_full(hub: LoopbackHub, cache: Path) -> None:
 
 IMPORTS = """
 import sys
-from types import ModuleType
 
 import torch
-
-# Registering the architectures, which needs their classes, is not part of loading.
-registration = ModuleType("registration")
-registration.register_architectures = lambda: None
-sys.modules["sae_lens_matryoshka.training.registration"] = registration
-
 from sae_lens_matryoshka import decode_levels, load_sae, truncate
 
 decode_levels(truncate(load_sae(sys.argv[1]), 3), torch.ones(2, 3))
