@@ -13,8 +13,9 @@ test: test-plain test-evals
 test-plain: .venv-plain/installed .peers/installed
 	.venv-plain/bin/python -m pytest
 
-# What the extra `eval` brings.
-test-evals: .venv/installed-dev
+# What the extra `eval` brings. With DEMO=demo the tests look at that run instead of a short one.
+test-evals: export DEMO_RUN = $(DEMO:demo=$(CURDIR)/demo_run)
+test-evals: .venv/installed-dev $(DEMO)
 	.venv/bin/python -m pytest tests/saebench
 
 lint: .venv/installed-dev

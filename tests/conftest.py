@@ -3,11 +3,8 @@
 import atexit
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,50 +38,6 @@ def hub() -> Iterator[LoopbackHub]:
     HUB.reset()
     yield HUB
     HUB.reset()
-
-
-SHORT_DEMO = """
-from sae_lens_matryoshka.demo import compare
-
-run_config = compare.run_config
-
-def short_run_config(sae, seed=0):
-    cfg = run_config(sae, seed)
-    cfg.training_tokens, cfg.lr_decay_steps = 1024 * 120, 20
-    return cfg
-
-compare.run_config, compare.N_EVAL_BATCHES = short_run_config, 4
-del compare.EVALUATIONS["absorption"]
-compare.EVALUATIONS["sparse_probing"].update(probe_train_set_size=200, probe_test_set_size=100)
-compare.EVALUATIONS["core"].update(
-    n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
-)
-compare.main(0)
-"""
-
-
-@pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished demo: the one that DEMO_RUN names, or else of a short one."""
-    if "DEMO_RUN" in os.environ:
-        return Path(os.environ["DEMO_RUN"])
-    from sae_lens_matryoshka.demo import run
-
-    out = tmp_path_factory.mktemp("demo") / "out"
-    run_command = subprocess.run
-
-    def run_short(command: list[str], **options):
-        assert command == [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", "0"]
-        return run_command([sys.executable, "-c", SHORT_DEMO], **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, n in {"N_TEXTS": 2000, "N_HELD_OUT": 400, "N_LABELLED": 1200}.items():
-            patch.setattr(run, name, n)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(subprocess, "run", run_short)
-        assert run.run_demo(out) == 0
-    return out
 
 
 def pytest_report_header() -> str:

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from sae_lens_matryoshka import cli
-from sae_lens_matryoshka.demo import corpus
+from sae_lens_matryoshka.demo import corpus, run
 from sae_lens_matryoshka.saebench.evaluations import installed
 from tests.conftest import HUB
 from tests.saebench.data_sets import data_sets
@@ -127,3 +129,45 @@ def everything(
         *("trained", "--levels", "2,5", "--against", "random", "identity", "--seeds", "1"),
         *flags(*SETTINGS, "unlearning", "autointerp"),
     )
+
+
+SHORT_DEMO = """
+from sae_lens_matryoshka.demo import compare
+
+run_config = compare.run_config
+
+def short_run_config(sae, seed=0):
+    cfg = run_config(sae, seed)
+    cfg.training_tokens, cfg.lr_decay_steps = 1024 * 120, 20
+    return cfg
+
+compare.run_config, compare.N_EVAL_BATCHES = short_run_config, 4
+del compare.EVALUATIONS["absorption"]
+compare.EVALUATIONS["sparse_probing"].update(probe_train_set_size=200, probe_test_set_size=100)
+compare.EVALUATIONS["core"].update(
+    n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
+)
+compare.main(0)
+"""
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished demo: the one that DEMO_RUN names, or else of a short one."""
+    if finished := os.environ.get("DEMO_RUN"):
+        return Path(finished)
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run_command = subprocess.run
+
+    def run_short(command: list[str], **options):
+        assert command == [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", "0"]
+        return run_command([sys.executable, "-c", SHORT_DEMO], **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, n in {"N_TEXTS": 2000, "N_HELD_OUT": 400, "N_LABELLED": 1200}.items():
+            patch.setattr(run, name, n)
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(subprocess, "run", run_short)
+        assert run.run_demo(out) == 0
+    return out
