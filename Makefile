@@ -16,7 +16,7 @@ test-plain: .venv-plain/installed .peers/installed
 # What the extra `eval` brings. With DEMO=demo the tests look at that run instead of a short one.
 test-evals: export DEMO_RUN = $(DEMO:demo=$(CURDIR)/demo_run)
 test-evals: .venv/installed-dev $(DEMO)
-	.venv/bin/python -m pytest tests/saebench
+	.venv/bin/python -m pytest tests/saebench --timeout 1800  # one fixture runs every evaluation
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

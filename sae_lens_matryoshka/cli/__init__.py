@@ -1,7 +1,7 @@
 """The command `sae-matryoshka`: one file per subcommand.
 
-Nothing here imports PyTorch or SAELens before a subcommand runs, so that help and mistakes in a
-command answer at once.
+Nothing here imports PyTorch or SAELens before a subcommand runs, so that help and mistakes in the
+arguments answer at once.
 """
 
 import signal
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for a mistake in the command, the config or a file, 1 if the training,
-        the Hub or the disk failed, 130 after SIGINT, 143 after SIGTERM.
+        an evaluation, the Hub or the disk failed, 130 after SIGINT, 143 after SIGTERM.
     """
     parser = Parser(prog=PROGRAM, description="Matryoshka sparse autoencoders for SAELens.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

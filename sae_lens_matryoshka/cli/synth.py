@@ -35,7 +35,8 @@ def add_parser(commands: Any) -> None:
         type=seeds,
         default=[0, 1, 2],
         metavar="N|S,S,…",
-        help="how many, from 0 on, or which: 3 (default) or 0,3,7; a single one is written 7,",
+        help="how many, from 0 on, or which: 3 (default) or 0,3,7; a single seed needs a trailing "
+        "comma: 7,",
     )
     parser.add_argument(
         "--variants",

@@ -121,7 +121,7 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> SAE[Any]:
                     return SAE.load_from_disk(folder, **options)
                 return _read(layout, config, weights, options)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise ValueError(f"{folder} holds no SAE: {_LAYOUTS}; found {found}.")
+    raise ValueError(f"{folder} holds no SAE ({_LAYOUTS}); found {found}.")
 
 
 def _missing_folder_message(path: Path) -> str:

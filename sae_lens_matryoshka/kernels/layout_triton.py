@@ -17,7 +17,7 @@ from sae_lens_matryoshka.kernels.codes import Codes, Layout
 
 _CODES = 128  # codes that one program handles
 _RIVALS = 16  # codes of its bin that a code is compared with at once
-_ROWS_PER_BIN = 1024  # at most so many comparisons for a code of a latent that always fires
+_ROWS_PER_BIN = 1024  # at most this many comparisons for a code of a latent that always fires
 
 
 def lay_out(

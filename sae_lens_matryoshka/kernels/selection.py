@@ -78,10 +78,11 @@ def select_above(
 ) -> Codes | None:
     """As `select`, from the scores above `floor`; None where these do not settle the set.
 
-    The proof: a product x @ W_enc at or below its latent's limit is skipped, and scores at most
-    `bound`, because rounding is monotonic: the operations that turn products into scores, applied
-    to the limits, bound what they give on anything smaller. So if at least `n_keep` candidates
-    score above `bound`, the cut is among them.
+    The proof: products x @ W_enc at or below their latent's limit are skipped. Norms are not
+    negative and rounding is monotonic, so no skipped score exceeds `bound`, the largest score that
+    a limit itself would have. The set is therefore settled if the `n_keep`-th largest candidate
+    scores above `bound` and no other ties with it, or if fewer than `n_keep` candidates are
+    positive and `bound` is at most 0.
     """
     d_sae = W_enc.shape[1]
     limits = (floor - b_enc) if norms is None else floor / norms - b_enc
@@ -93,7 +94,7 @@ def select_above(
     blocks, products, n_candidates = [], [], 0
     for start, stop in _blocks(x, d_sae):
         product = x @ W_enc[:, start:stop]
-        # not `>`: NaN is to become a candidate, so that the loss shows it
+        # not `>`: NaN has to become a candidate, so that the loss shows it
         hits = _flat_nonzero((product <= limits[start:stop]).logical_not_())
         n_candidates += len(hits)
         if n_candidates > _MAX_CANDIDATES * n_keep:

@@ -305,7 +305,7 @@ def _histogram(
 @triton.jit
 def _find_digit(
     limit_ptr,  # (1,) int32 key, of the digits found so far
-    wanted_ptr,  # (1,) int64, the n-th largest of the keys that share them; −1 if n aren't positive
+    wanted_ptr,  # (1,) int64, the n-th largest key with these digits; −1 if fewer are positive
     histogram_ptr,  # (N_VALUES,) int64
     runs_ptr,  # (1,) int32, 0 to return at once
     SHIFT: tl.constexpr,

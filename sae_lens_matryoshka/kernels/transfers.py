@@ -16,7 +16,7 @@ def to_device(
 
 
 class TrueIndices:
-    """The indices at which a mask (n,) is true, without stalling the device for their number.
+    """The indices at which a mask (n,) is true, without waiting for the device to count them.
 
     The count starts its way to the host when the object is made. Call `get` after launching other
     work: the count has then arrived, and the device is still busy.

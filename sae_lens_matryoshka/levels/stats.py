@@ -143,7 +143,7 @@ def measure_levels_in_model(
 ) -> list[LevelStats]:
     """Measure the levels of an SAE in its model, on the next `n_batches` batches of prompts.
 
-    L0 and dead latents count every token that training saw. Variance explained and the loss are
+    L0 and dead latents count the tokens that training would use. Variance explained and loss are
     those of SAELens' `run_evals` on each level, which excludes special tokens: the activation at
     the first token of a prompt is often so large that it would dominate the variance.
 

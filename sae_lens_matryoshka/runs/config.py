@@ -36,7 +36,7 @@ _COUNTS = (
     "logger.eval_every_n_wandb_logs",
 )
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-# What pydantic words for JSON and Python, not for YAML
+# Replacements for pydantic's messages that don't fit YAML
 _ACCEPTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",

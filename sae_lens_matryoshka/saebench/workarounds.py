@@ -1,4 +1,4 @@
-"""Everything that works around a fault of SAEBench 0.6; docs/evaluation.md lists them.
+"""Patches of SAEBench 0.6 at run time, for what it gets wrong; docs/evaluation.md lists them.
 
 None of SAEBench's files is changed. It runs from a directory of links to its installation, because
 some evaluations cache probes and activations inside the installation or the working directory, by

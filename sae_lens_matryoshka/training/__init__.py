@@ -1,4 +1,4 @@
 """Training SAEs with the nested objective: configs, the objective, a file for each architecture."""
 
-# Importing SAELens registers the architectures, which has to come before any module here.
+# SAELens' import hook imports `registration`, so importing that directly would be circular.
 import sae_lens  # noqa: F401

@@ -45,7 +45,7 @@ class StepPlan(NamedTuple):
 
 
 class NestedTrainingSAE(SavedTrainingSAE):
-    """The nested objective for a training SAE of SAELens, which follows it among the bases."""
+    """The nested objective, to stand before a training SAE of SAELens among the base classes."""
 
     firing_rates: torch.Tensor
 

@@ -66,7 +66,7 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
                 raise invalid_option(
                     name,
                     baseline,
-                    "it only together with prefix_sampling='fixed': runs with sampled prefixes are "
+                    "it only with prefix_sampling='fixed': runs with sampled prefixes are "
                     "not monitored; `sae-matryoshka levels --diagnose` judges their SAE",
                 )
         super().__post_init__()

@@ -9,9 +9,9 @@ import torch
 
 from sae_lens_matryoshka.util.checks import checked_number
 
-# Nesting costs a few points of variance explained; more is not its price.
+# Nesting costs a few points of variance explained; a larger gap has another cause.
 BASELINE_GAP = 0.05
-# Two levels that differ by less than both are one: less than seeds of a run differ by.
+# Levels closer than both of these count as one; runs with other seeds differ by more.
 SAME_EXPLAINED_VARIANCE = 0.01
 SAME_L0 = 0.02  # of the whole SAE's
 # Half, because latents that learnt equally frequent features scatter around their median.
@@ -31,8 +31,8 @@ DENSE_RATE = 0.2  # share of tokens on which a latent is active
 DENSE_CODES = 0.5  # share of all codes that are of such latents
 # BatchTopK keeps k per token wherever it finds as many scores above 0.
 FEWER_THAN_K = 0.9
-# From 0.1 where k is near the L0 of synthetic data to 0.5 where it is a fifth of it.
-STRONG_MARGIN = 0.2  # unexplained variance × square of the weakest tenth over the mean score
+# On synthetic data: 0.1 where k is near the true L0, 0.5 where it is a fifth of it.
+STRONG_MARGIN = 0.2  # unexplained variance × (score of the weakest tenth / mean score)²
 
 
 class Finding(NamedTuple):
@@ -205,6 +205,6 @@ def _k(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "k too large",
             f"{dense_codes:.0%} of the k={k:g} active latents of the average token are active on "
-            f"more than {DENSE_RATE:.0%} of all tokens: they are spread over everything instead of "
-            "standing for something. Try a smaller k.",
+            f"more than {DENSE_RATE:.0%} of all tokens: such dense latents rarely stand "
+            "for one feature. Try a smaller k.",
         )

@@ -13,8 +13,8 @@ variant is one choice of the matrix M:
     R_g = (2/B) Σ_p M[g, p] r_p        ∂L/∂a_bj = ⟨R_level(j)[b], d_j⟩
                                        ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
 
-so the levels cost P buffers of B × d_in and no extra matrix product. b_dec is part of every level,
-and stop-gradients are between latents: ∂L/∂b_dec = (2/B) Σ_b Σ_p c_p r_p whatever M is. Both
+so the levels cost 2P buffers of B × d_in (residuals and their mixes) and no extra matrix product.
+b_dec is part of every level, and stop-gradients are between latents: ∂L/∂b_dec = (2/B) Σ_b Σ_p c_p r_p whatever M is. Both
 functions also return the rows of the dead latents, so that the gradient of the auxiliary loss is
 added to the same buffers.
 """

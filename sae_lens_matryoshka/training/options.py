@@ -1,4 +1,4 @@
-"""The options of the nested objective, which every architecture of this package shares."""
+"""The options of the nested objective, shared by every architecture (for k see `schedules`)."""
 
 # Not `from __future__ import annotations`: SAELens' command line (simple_parsing) would resolve the
 # annotations in the module of the subclass.
@@ -159,7 +159,7 @@ class NestedOptions(TrainingSAEConfig):
                     raise invalid_option(
                         name,
                         getattr(self, name),
-                        "it only together with a prefix_sampling other than 'fixed', where "
+                        "it only with a prefix_sampling other than 'fixed', where "
                         "matryoshka_widths are the levels",
                     )
             return
@@ -203,20 +203,20 @@ class NestedOptions(TrainingSAEConfig):
         self.inner_weight_end = checked_number(
             "inner_weight_end",
             self.inner_weight_end,
-            "a number from 0 to 1, at which the weights start",
+            "a number from 0 to 1 (the weights start at 1)",
             least=0,
             most=1,
         )
         scheduled = [n for n in ("inner_fade_start", "inner_fade_steps") if getattr(self, n)]
         if self.inner_weight_end == 1 and scheduled:
             name = scheduled[0]
-            accepted = "it only together with an inner_weight_end below 1"
+            accepted = "it only with an inner_weight_end below 1"
             raise invalid_option(name, getattr(self, name), accepted)
         if self.inner_weight_end < 1 and not scheduled:
             raise invalid_option(
                 "inner_weight_end",
                 self.inner_weight_end,
-                "it only together with inner_fade_start or inner_fade_steps; level_weights are for "
+                "it only with inner_fade_start or inner_fade_steps; level_weights are for "
                 "the whole run",
             )
 

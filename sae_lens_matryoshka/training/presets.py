@@ -14,8 +14,8 @@ def dictionary_learning(
     """The step of `MatryoshkaBatchTopKTrainer` of saprmarks/dictionary_learning 0.1.0.
 
     Weights and threshold move as there: a weight of 1/n² on each of the n levels' errors, decoder
-    rows of norm 1, scores without the decoder's norm, and a threshold that follows the cut by 0.001
-    after step 1,000. Three things are not the config's:
+    rows of norm 1, scores without the decoder's norm, and a threshold that is an EMA of
+    the cut, with rate 0.001, from step 1,000. Three things lie outside the config:
 
     - The trainer's: lr is 2e-4 / sqrt(d_sae / 2**14) there, and activations may be scaled to a mean
       square norm of 1. Adam's betas and the clipping of gradients at norm 1 are SAELens' own.
@@ -60,9 +60,9 @@ def bussmann(
     """The step of `GlobalBatchTopKMatryoshkaSAE` of bartbussmann/matryoshka_sae, the paper's code.
 
     Weights and threshold move as there: the loss is the mean over b_dec alone, the n levels, and
-    d_in; there is no encoder bias; decoder rows are given norm 1 just before each update; scores go
-    without the decoder's norm. The encoder starts in the decoder's direction, with the norm that it
-    has there on average, sqrt(2 d_in / d_sae). Two things are not the config's:
+    d_in; there is no encoder bias; decoder rows are given norm 1 just before each update; scores
+    exclude the decoder's norm. The encoder starts in the decoder's direction, with the norm that it
+    has there on average, sqrt(2 d_in / d_sae). Two things lie outside the config:
 
     - The trainer's: Adam's betas are 0.9 and 0.99 there, and lr 3e-4. SAELens clips gradients at
       norm 1, and there nothing is clipped in practice: steps are equal while the norm is below 1.

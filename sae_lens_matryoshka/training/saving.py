@@ -1,8 +1,10 @@
 """What a checkpoint and a saved SAE contain.
 
-Both are SAELens' own files, `cfg.json` and `sae_weights.safetensors`.
+Each is a folder in SAELens' format: `cfg.json` and `sae_weights.safetensors`. A checkpoint adds the
+states of the trainer, the activation scaler and the activation store; a finished run adds
+`runner_cfg.json` and `sparsity.safetensors`.
 
-A checkpoint of training holds the parameters `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec`
+The weights of a checkpoint are the parameters `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec`
 (d_sae, d_in), `b_dec` (d_in,); what the architecture adds (`topk_threshold`, or JumpReLU's
 `threshold`); and `firing_rates` (d_sae,) if levels are ordered by frequency.
 

@@ -45,16 +45,14 @@ class SparsitySchedule:
         self.k_anneal_steps = checked_count("k_anneal_steps", self.k_anneal_steps, 0)
         if self.k_start is None:
             if self.k_anneal_steps:
-                raise invalid_option(
-                    "k_anneal_steps", self.k_anneal_steps, "it only together with k_start"
-                )
+                raise invalid_option("k_anneal_steps", self.k_anneal_steps, "it only with k_start")
             return
         accepted = f"a number from k={self.k}, where the schedule ends, to d_sae={self.d_sae}"
         self.k_start = checked_number(
             "k_start", self.k_start, accepted, least=self.k, most=self.d_sae
         )
         if self.k_anneal_steps == 0:
-            raise invalid_option("k_start", self.k_start, "it only together with k_anneal_steps")
+            raise invalid_option("k_start", self.k_start, "it only with k_anneal_steps")
 
     def k_at(self, step: int) -> float:
         """k at a training step."""

@@ -24,11 +24,11 @@ def calibrate_threshold(
     its own threshold.
 
     Args:
-        sae: An SAE that was trained with BatchTopK and is JumpReLU since, from any library.
+        sae: An SAE that was trained with BatchTopK and saved as JumpReLU, by any library.
         activations: (…, d_in), or (…, n_heads, d_head) for hook_z; as `sae` takes them. The
             relative error of the resulting L0 on other activations falls as 1 / sqrt(their number):
             32,768 tokens of mixed texts gave less than 1 % (docs/levels.md).
-        l0: Mean number of active latents; the `k` of training where left out, but for a level.
+        l0: Mean number of active latents; defaults to the `k` of training; required for a level.
 
     Raises:
         ValueError: `l0` or `activations` is not accepted, or the thresholds are not BatchTopK's.
@@ -48,7 +48,7 @@ def calibrate_threshold(
             raise ValueError(
                 "l0=None is not accepted for this SAE, because "
                 + ("it is a level" if is_level else "its metadata holds no `k` of its training")
-                + ": give the mean number of latents that are to be active."
+                + ": give the mean number of active latents."
             )
     d_sae = sae.cfg.d_sae
     accepted = f"a number above 0 and at most d_sae={d_sae}"
@@ -58,7 +58,7 @@ def calibrate_threshold(
     if d_in != sae.cfg.d_in or activations.numel() == 0:
         raise ValueError(
             f"activations of shape {shape} are not accepted: the last dimension, or for hook_z the "
-            f"product of the last two, is to be d_in={sae.cfg.d_in}, and none is to be 0."
+            f"product of the last two, must be d_in={sae.cfg.d_in}, and no dimension may be 0."
         )
     if not activations.isfinite().all():
         raise ValueError("activations hold values that are not finite.")
@@ -130,8 +130,8 @@ def batch_threshold(
 
 
 def encoder_input(sae: SAE[Any], activations: torch.Tensor) -> torch.Tensor:
-    """What `sae` multiplies with W_enc, as `process_sae_in`, without a trace: no hook fires, and
-    `decode` still undoes the normalisation of the input before.
+    """What `sae` multiplies with W_enc: `process_sae_in` without side effects. No hook fires, and
+    `decode` still undoes the normalisation of the previous input.
     """
     before = {name: vars(sae)[name] for name in _INPUT_STATE if name in vars(sae)}
     reshape = sae.reshape_fn_in

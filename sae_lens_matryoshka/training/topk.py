@@ -14,7 +14,7 @@ from sae_lens_matryoshka.training.dense_encoding import DenselyEncodedTrainingSA
 
 
 class MatryoshkaTopKTrainingSAE(DenselyEncodedTrainingSAE, TopKTrainingSAE):
-    """Matryoshka TopK SAE: k latents of each token, every prefix of them reconstructing alone.
+    """Matryoshka TopK SAE: k active latents per token; each level reconstructs alone.
 
     One training step with a single level equals that of SAELens' TopK training SAE.
     """

@@ -1,1 +1,1 @@
-"""What has nothing to do with SAEs."""
+"""Small helpers that all other rooms share."""

@@ -495,7 +495,7 @@ def test_one_of_the_files_is_missing(name: str, load: Load, hub: LoopbackHub, ca
 def test_folders_without_an_sae(tmp_path: Path) -> None:
     transcoder = GEMMA_SCOPE_2["config.json"].replace(b"output", b"mlp.input")
     for files, said in (
-        ({}, "holds no SAE: accepted: cfg.json with"),
+        ({}, "holds no SAE (accepted: cfg.json with"),
         ({}, "found nothing"),
         ({"README.md": b"", "ae.pt": b""}, "found README.md, ae.pt"),
         ({**SAELENS_6, "trainer_state.pt": b""}, "is a training checkpoint, not"),
