@@ -14,9 +14,9 @@ variant is one choice of the matrix M:
                                        ∂L/∂d_j = Σ_b a_bj R_level(j)[b]
 
 so the levels cost 2P buffers of B × d_in (residuals and their mixes) and no extra matrix product.
-b_dec is part of every level, and stop-gradients are between latents: ∂L/∂b_dec = (2/B) Σ_b Σ_p c_p r_p whatever M is. Both
-functions also return the rows of the dead latents, so that the gradient of the auxiliary loss is
-added to the same buffers.
+b_dec is part of every level, and stop-gradients are between latents: ∂L/∂b_dec = (2/B) Σ_b Σ_p c_p
+r_p whatever M is. Both functions also return the rows of the dead latents, so that the gradient of
+the auxiliary loss is added to the same buffers.
 """
 
 from collections.abc import Sequence
