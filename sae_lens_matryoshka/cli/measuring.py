@@ -42,7 +42,7 @@ def check_measuring(args: argparse.Namespace) -> None:
     if args.model and not args.dataset:
         raise ValueError("--model needs --dataset: the texts to run it on.")
     if path and not (path.is_dir() or (path.is_file() and path.suffix in _SUFFIXES)):
-        accepted = f"an existing folder, or a file that ends in one of {_SUFFIXES}"
+        accepted = f"an existing folder, or an existing file of {', '.join(_SUFFIXES)}"
         raise invalid_option("--activations", str(path), accepted)
     check_device("--device", args.device)
 

@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
     has_config = bool(words) and not words[0].startswith("-")
     values = read_config(words[0]) if has_config else {}
     flags = _flags(words[has_config:])
-    if architecture := flags.pop("sae.architecture", None):
-        values["sae.architecture"] = " ".join(architecture)
+    if not has_config and any(word.endswith((".yaml", ".yml")) for word in words):
+        raise ValueError("the config comes first, before the flags.")
+    if "sae.architecture" in flags:
+        values["sae.architecture"] = " ".join(flags.pop("sae.architecture"))
     if "--help" in args.words or "-h" in args.words:
         _print_help(sae_config_class(values))
         return 0

@@ -112,11 +112,12 @@ def load_sae(
 def _from_folder(folder: Path, options: dict[str, Any]) -> SAE[Any]:
     if not folder.is_dir():
         raise ValueError(_missing_folder_message(folder))
+    with _built_in_errors(str(folder)):
+        _check_not_in_training(folder)
     for layout in FORMATS:
         config, weights = folder / layout.config, folder / layout.weights
         if config.is_file() and weights.is_file():
             with _built_in_errors(str(folder)):
-                _check_not_in_training(config)
                 if layout is SAELENS:
                     return SAE.load_from_disk(folder, **options)
                 return _read(layout, config, weights, options)
@@ -135,10 +136,11 @@ def _missing_folder_message(path: Path) -> str:
     return f"There is no folder {str(path)!r}; to load from the Hub, give an SAE's id as well{hint}"
 
 
-def _check_not_in_training(config: Path) -> None:
-    architecture = read_json(config).get("architecture")
+def _check_not_in_training(folder: Path) -> None:
+    config = folder / SAELENS.config
+    architecture = read_json(config).get("architecture") if config.is_file() else None
     only_trains = SAE_TRAINING_CLASS_REGISTRY.keys() - SAE_CLASS_REGISTRY.keys()
-    if config.with_name(TRAINER_STATE_FILENAME).exists() or architecture in only_trains:
+    if (folder / TRAINER_STATE_FILENAME).exists() or architecture in only_trains:
         raise ValueError(
             "this is a training checkpoint, not an SAE saved for inference. Load it with "
             "sae_lens.TrainingSAE.load_from_disk; `levels.truncate` takes that too."

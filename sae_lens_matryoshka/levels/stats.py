@@ -169,7 +169,7 @@ def measure_levels_in_model(
             tokens = store.get_batch_tokens()
             is_counted = ~torch.isin(tokens, not_counted.to(tokens.device))
             x, batch_losses = _run_model(nested, model, tokens, is_counted, variances)
-            losses.add_(torch.tensor(batch_losses))
+            losses.add_(torch.tensor(batch_losses, dtype=losses.dtype))
             positions = slice(*store.seqpos_slice)
             is_seen = ~torch.isin(tokens[:, positions], not_trained_on.to(tokens.device))
             yield x[:, positions][is_seen.to(x.device)]

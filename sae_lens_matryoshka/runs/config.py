@@ -3,6 +3,8 @@
 Fields go by their dotted names here: `lr`, `sae.k`, `logger.log_to_wandb`.
 """
 
+import argparse
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +19,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
+from simple_parsing.utils import str2bool
 
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
-from sae_lens_matryoshka.util.suggest import did_you_mean
 
 _SECTIONS = ("sae", "logger")
 # SAELens divides by these, or loops forever, unless they are positive.
@@ -45,14 +47,13 @@ _ACCEPTED = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 3e-4 as a number, as YAML 1.2 does and PyYAML does not."""
+    """Reads dates as text: no field is a date."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def load_run_config(
@@ -171,19 +172,22 @@ def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 def field_types(sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
     """The type of every field of a training config."""
-    return {
-        **get_type_hints(LanguageModelSAERunnerConfig),
-        "sae.architecture": str,
-        **{f"sae.{name}": hint for name, hint in get_type_hints(sae_class).items()},
-        **{f"logger.{name}": hint for name, hint in get_type_hints(LoggingConfig).items()},
-    }
+
+    def of(config_class: type, prefix: str = "") -> dict[str, Any]:
+        types = get_type_hints(config_class)
+        names = [f.name for f in fields(config_class) if f.name not in _SECTIONS]
+        return {f"{prefix}{name}": types[name] for name in names}
+
+    run = of(LanguageModelSAERunnerConfig)
+    return {**run, "sae.architecture": str, **of(sae_class, "sae."), **of(LoggingConfig, "logger.")}
 
 
 def unknown_field(name: str, names: Iterable[str]) -> ValueError:
     """The error for a field that is not one of `names`."""
-    leaf = name.rpartition(".")[2]
-    elsewhere = [known for known in names if known.rpartition(".")[2] == leaf]
-    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, names)
+    leaf_of = {known: known.rpartition(".")[2] for known in (*names, *_SECTIONS)}
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaf_of.values(), n=1)
+    suggested = [known for known, leaf in leaf_of.items() if leaf in near]
+    hint = f"; did you mean {' or '.join(suggested)}?" if suggested else "."
     return ValueError(f"{name} is not a field of a training config{hint}")
 
 
@@ -207,6 +211,9 @@ def read_words(name: str, words: Sequence[str], hint: Any) -> Any:
     Raises:
         ValueError: it is not of the type `hint`.
     """
+    if hint is bool and len(words) == 1:
+        with suppress(argparse.ArgumentTypeError):
+            return str2bool(words[0])  # also takes t, f, 1 and 0, as SAELens' command line does
     values = [_from_yaml(word) for word in words]
     # A single word is a value, text that YAML reads as another type (such as 1e3), or a list.
     readings = [values[0], words[0], values] if len(words) == 1 else [values]
@@ -217,15 +224,22 @@ def read_words(name: str, words: Sequence[str], hint: Any) -> Any:
 
 
 def _from_yaml(word: str) -> Any:
+    if word.isdecimal():
+        return int(word)  # YAML would read 010 as octal
+    if word.lower() in ("null", "none"):
+        return None
     try:
         value = yaml.load(word, _Loader)
-    except (yaml.YAMLError, ValueError):  # ValueError: dates such as 2000-99-99
+    except (yaml.YAMLError, ValueError):
         return word
-    return word if isinstance(value, str) else value
+    # an empty word, as of a variable that is not set, is no null
+    return word if value is None or isinstance(value, str) else value
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """`value`, as YAML holds it, if it is of the type `hint`."""
+    if float in (hint, *get_args(hint)):
+        value = [_as_float(item) for item in value] if isinstance(value, list) else _as_float(value)
     # From JSON, strict checks take a list for a tuple.
     text = json.dumps(value, default=str)
     try:
@@ -240,5 +254,13 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if NoneType in get_args(hint):
             accepted.append("null")
         raise invalid_option(name + item, problems[0]["input"], " or ".join(accepted)) from error
-    value = json.loads(text)  # not what pydantic returns, where 40 becomes 40.0
+    # not what pydantic returns, where 40 becomes 40.0
     return tuple(value) if get_origin(hint) is tuple else value
+
+
+def _as_float(value: Any) -> Any:
+    """The number in a text such as 3e-4, which PyYAML does not read as one."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value

@@ -72,8 +72,8 @@ def read_scores(record: Record, out: Path) -> list[Score]:
     """Every metric of `EVALUATIONS` in the results of an output folder."""
     scores = []
     for evaluation in record.settings:
-        folders = (out / evaluation).glob("seed_[0-9]*")
-        by_seed = {int(folder.name.removeprefix("seed_")): folder for folder in folders}
+        folders = {f.name.removeprefix("seed_"): f for f in (out / evaluation).glob("seed_*")}
+        by_seed = {int(seed): folder for seed, folder in folders.items() if seed.isdecimal()}
         for candidate in record.candidates:
             by_metric: dict[Metric, dict[int, float]] = {}
             for seed, folder in sorted(by_seed.items()):

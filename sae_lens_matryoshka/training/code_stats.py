@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 
 _SAMPLE = 4096  # scores of a batch whose distribution is looked at
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class CodeStats:
@@ -37,7 +38,11 @@ class CodeStats:
         n_codes = len(scores)
         if n_codes == 0:
             return
-        sample = scores[:: -(-n_codes // _SAMPLE)].float().sort().values
+        if n_codes > _SAMPLE:
+            # spread evenly, and in step with no period: TopK has k codes in each row
+            positions = torch.arange(_SAMPLE, device=scores.device, dtype=torch.float64)
+            scores = scores[((positions * _GOLDEN_RATIO).frac() * n_codes).long()]
+        sample = scores.float().sort().values
         n_valid = (sample > 0).sum()
         rank = torch.arange(len(sample), device=sample.device) - (len(sample) - n_valid)
         tenth = (sample * (rank == n_valid // 10)).sum()

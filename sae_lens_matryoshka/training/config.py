@@ -55,6 +55,7 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.topk_threshold_start_step is not None:
             self.topk_threshold_start_step = checked_count(
                 "topk_threshold_start_step", self.topk_threshold_start_step, 0
@@ -69,7 +70,6 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
                     "it only with prefix_sampling='fixed': runs with sampled prefixes are "
                     "not monitored; `sae-matryoshka levels --diagnose` judges their SAE",
                 )
-        super().__post_init__()
 
     @classmethod
     def recommended(

@@ -11,10 +11,13 @@ def check_device(name: str, device: str) -> None:
     Raises:
         ValueError: it can't; the error calls the option `name`.
     """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accepted = "cpu, cuda or cuda:N" if n_gpus else "cpu: PyTorch finds no GPU"
     try:
-        torch.empty(0, device=device)
+        parsed = torch.device(device)
+        if parsed.type != "cuda":  # a tensor on a GPU would hold memory there from now on
+            torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError) as error:
-        accepted = (
-            "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu: PyTorch finds no GPU"
-        )
         raise invalid_option(name, device, accepted) from error
+    if parsed.type == "cuda" and (parsed.index or 0) >= n_gpus:
+        raise invalid_option(name, device, accepted)

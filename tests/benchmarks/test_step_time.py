@@ -283,7 +283,7 @@ def test_gpu_time_is_that_between_its_events(
         def synchronize(self) -> None:
             calls.append("wait for the end")
 
-        def elapsed_time(self, end: Event) -> float:
+        def elapsed_time(self, end: "Event") -> float:
             return 12.5
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

@@ -129,6 +129,45 @@ def test_flags_override_the_config(started, config):
     assert (cfg.training_tokens, cfg.sae.d_sae) == (1_000_000, 64)
 
 
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--seed", "010"], "seed", 10),
+        (["--streaming", "0"], "streaming", False),
+        (["--sequence_separator_token", "none"], "sequence_separator_token", None),
+        (["--sae.normalize_activations", "none"], "sae.normalize_activations", "none"),
+        (["--sae.level_weights", "1e-1", "1"], "sae.level_weights", "2 weights"),
+        (["--logger.wandb_id", "4821e90"], "logger.wandb_id", "4821e90"),
+        (["--logger.run_name", "2024-01-01"], "logger.run_name", "2024-01-01"),
+        (
+            ["--model_from_pretrained_kwargs", "{0: 20GiB}"],
+            "model_from_pretrained_kwargs",
+            {0: "20GiB"},
+        ),
+    ],
+)
+def test_words_that_yaml_would_read_otherwise(started, config, words, field, value):
+    if field == "sae.level_weights":
+        words, value = [*words, "--sae.matryoshka_widths", "8", "64"], [0.1, 1.0]
+    assert cli.main(["train", str(config), *words]) == 0
+    section, _, name = field.rpartition(".")
+    assert getattr(getattr(started[0], section) if section else started[0], name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume_from_checkpoint", ""], "resume_from_checkpoint=''"),
+        (["--sae", "foo"], "sae is not a field"),
+        (["--sae.k_is_integer", "true"], "sae.k_is_integer is not a field"),
+        (["--sae.architecture"], "sae.architecture=''"),
+        (["--kk", "3"], "did you mean sae.k?"),
+    ],
+)
+def test_words_that_are_mistakes(refusal, config, words, message):
+    assert message in refusal("train", config, *words)
+
+
 def test_flags_alone_are_enough(started):
     assert cli.main(["train", "--sae.d_in", "16", "--sae.d_sae", "64", "--sae.k", "2"]) == 0
     assert (started[0].sae.d_in, started[0].sae.d_sae, started[0].sae.k) == (16, 64, 2)

@@ -296,6 +296,17 @@ def test_code_stats_are_those_of_sorted_scores(scores: list[float], n_repeats: i
     assert codes.firing_rates.tolist() == pytest.approx([count / 40 for count in counts])
 
 
+def test_code_stats_sample_every_code_of_a_row() -> None:
+    """Of a TopK SAE each row has k codes, and their strength may depend on the latent."""
+    scores = torch.linspace(2, 1, 32).repeat(4096) ** 2
+    codes = CodeStats()
+    codes.add(scores, torch.arange(len(scores)) % 32, n_tokens=4096, d_sae=32)
+    ascending = scores.sort().values
+    exact = ascending[len(scores) // 10] / ascending.mean(), ascending[: len(scores) // 2].sum()
+    assert codes.weak_score == pytest.approx(exact[0].item(), rel=0.02)
+    assert codes.weak_half == pytest.approx((exact[1] / ascending.sum()).item(), rel=0.02)
+
+
 def test_padding_is_no_weak_score() -> None:
     values = torch.linspace(1, 2, 100)
     alone, padded = CodeStats(), CodeStats()
