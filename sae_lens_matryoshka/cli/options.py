@@ -37,7 +37,7 @@ class CommandParser(Parser):
             if not flag.startswith("--") or (self.takes_fields and "." in flag):
                 continue
             if not any(option.startswith(flag) for option in options):  # they may be abbreviated
-                hint = did_you_mean(flag, options)
+                hint = did_you_mean(flag, options, cutoff=0.75)  # all begin with --
                 raise ValueError(f"{flag} is not an option of {self.prog}{hint}")
         parsed, others = super().parse_known_args(args, namespace or argparse.Namespace())
         if self.takes_fields:
