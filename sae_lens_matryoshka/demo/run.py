@@ -31,7 +31,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
 
     Args:
         out: Output folder, made if missing. An earlier demo in it is replaced.
-        seed: Of the texts, the weights and the order of the activations.
+        seed: Seed of the texts, the weights and the order of the activations.
 
     Returns:
         The exit code of the training process.

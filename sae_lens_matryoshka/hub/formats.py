@@ -36,10 +36,10 @@ class Checkpoint(NamedTuple):
     """A JumpReLU SAE as another library saved it.
 
     Attributes:
-        weights: Under SAELens' names.
-        cfg: What differs from SAELens' defaults, in one level as SAELens wrote it before 6.0.
+        weights: Weights under SAELens' names.
+        cfg: What differs from SAELens' defaults, as a flat dict, SAELens' form before 6.0.
         group_sizes: Number of latents that each level adds; None where not known.
-        k: Of its training.
+        k: The k of its training.
     """
 
     weights: StateDict
@@ -103,7 +103,7 @@ def read_dictionary_learning(config: Path, weights: Path) -> Checkpoint:
     trainer, buffer = _section(config, cfg, "trainer"), _section(config, cfg, "buffer")
     dict_class = trainer.get("dict_class")
     if dict_class != _MATRYOSHKA_CLASS:
-        kind = OnlyFromHubError if dict_class else ValueError  # SAELens needs a class, too
+        kind = OnlyFromHubError if dict_class else ValueError  # without it SAELens can't load it either
         raise kind(
             f"{config.name}: trainer.dict_class={dict_class!r} is not accepted from a folder: "
             f"only {_MATRYOSHKA_CLASS!r} is; other classes load from the Hub."

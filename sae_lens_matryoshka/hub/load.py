@@ -72,7 +72,7 @@ def load_sae(
         release_or_dir: A folder; with `sae_id`, a release of SAELens or a repository on the Hub.
         sae_id: The SAE's id in the release, or its folder in the repository.
         matryoshka_widths: Level widths, for an SAE that has none or to replace them.
-        device: Of the weights.
+        device: Device of the weights.
         dtype: As SAELens names it; by default float32 from the Hub, and as saved from a folder.
 
     Returns:

@@ -47,7 +47,7 @@ def publish(
         repo_id: `owner/name`; created if it does not exist.
         sae_id: The SAE's folder in the repository; by default the hook's name.
         private: Make a new repository private.
-        options: As `write_publication` takes them.
+        options: Further arguments of `write_publication`.
 
     Returns:
         Path of the card in the repository.
@@ -101,7 +101,7 @@ def write_publication(
         repo_id: As in `publish`.
         sae_id: As in `publish`.
         sae: What `load_sae` returned for `folder`, if it is loaded already.
-        stats: Of the levels, for the card; by default from the weights alone.
+        stats: Measures of the levels, for the card; by default from the weights alone.
         measured_on: What `stats` were measured on, for the card.
         with_levels: Include each inner level as an SAE of its own, with the id `SAE_ID/level_W`.
 

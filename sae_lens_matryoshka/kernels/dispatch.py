@@ -96,8 +96,8 @@ def backend_for(
 
     Args:
         implementation: See `training.options.NestedOptions`.
-        device: Of the activations.
-        dtype: Of the parameters.
+        device: Device of the activations.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: `implementation` is "triton", which can't run on this device or in this dtype.

@@ -31,7 +31,7 @@ def level_residuals(
         W_dec: (d_sae, d_in).
         b_dec: (d_in,).
         target: (B, d_in).
-        layout: Of the codes.
+        layout: Layout of the codes.
         n_levels: P.
 
     Returns:
@@ -65,7 +65,7 @@ def level_gradients(
         grad_sae_out: (B, d_in) further gradient to the outermost reconstruction, or None.
         stop_gradient: See `training.options.NestedOptions`.
         W_dec: (d_sae, d_in).
-        layout: Of the codes.
+        layout: Layout of the codes.
 
     Returns:
         (B * P, d_in) R_g, in the dtype of W_dec; (n,) gradients of the codes; (d_in,) of b_dec.
@@ -94,7 +94,7 @@ def sum_by_latent(
         matrix: (m, d).
         rows: (n,) int32, the matrix row of each code.
         weights: (n,) in the dtype of the matrix.
-        layout: Of the codes.
+        layout: Layout of the codes.
 
     Returns:
         (d_sae, d) and (d_sae,), zero where a latent has no code.

@@ -118,7 +118,7 @@ def build_run_config(
     """The training run with these values of its fields; raises as `load_run_config`.
 
     Args:
-        values: As YAML holds them.
+        values: The values as YAML holds them.
         flags: The words after each `--field`, which replace values: see `read_words`.
     """
     sae_class = sae_config_class(values)

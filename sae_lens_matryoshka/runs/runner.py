@@ -43,7 +43,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     store continues after the texts it has read, so the activations it still held are skipped.
 
     Args:
-        cfg: The run, like all other arguments as for SAELens' runner.
+        cfg: Config of the run. All arguments are those of SAELens' runner.
 
     Raises:
         ValueError: `cfg.resume_from_checkpoint` can't be resumed; before the model is loaded.
@@ -85,8 +85,8 @@ def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Check that `cfg.resume_from_checkpoint`, if set, is a checkpoint that this run can resume.
 
     Raises:
-        ValueError: the folder or a file in it is missing, broken, of another SAE, or of a training
-            that has ended.
+        ValueError: the folder or a file in it is missing, broken, of another SAE, or of a run that
+            has ended.
     """
     if cfg.resume_from_checkpoint is None:
         return

@@ -27,7 +27,7 @@ class CodeStats:
 
         Args:
             scores: Positive; 0 for padding.
-            latents: Of the codes.
+            latents: Latents of the codes.
             n_tokens: Activations in the batch.
             d_sae: Width of the dictionary.
         """

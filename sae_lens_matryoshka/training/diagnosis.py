@@ -53,8 +53,8 @@ class Measured:
     """What a diagnosis is made from: one SAE on one set of activations.
 
     Attributes:
-        widths: Of the P levels, smallest first.
-        explained_variance: Of each level, 1 − E‖x − x̂‖² / E‖x − E x‖².
+        widths: Widths of the P levels, smallest first.
+        explained_variance: Variance explained by each level, 1 − E‖x − x̂‖² / E‖x − E x‖².
         l0: Of each level, mean number of active latents per token.
         firing_rates: (d_sae,) share of the tokens on which each latent is active.
         n_tokens: That all this was measured on.
@@ -62,7 +62,7 @@ class Measured:
             the norm of what a code adds to the reconstruction.
         weak_half: Share of the sum of the active scores that the weaker half of them has.
         k: Latents per token that training asked for.
-        baseline_explained_variance: Of a BatchTopK SAE of this width and k; None if not known.
+        baseline_explained_variance: That of a BatchTopK SAE of this width and k; None if unknown.
         is_ordered_by_frequency: Whether levels are made of the latents that fire most often.
         expected_gain: What training is still expected to add to the variance explained.
     """

@@ -23,7 +23,7 @@ class TrainingMonitor:
     have ended.
 
     Args:
-        cfg: Of the SAE in training.
+        cfg: Config of the SAE in training.
     """
 
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig) -> None:
@@ -65,11 +65,11 @@ class TrainingMonitor:
         """Add a step that is due, and warn of what is found if it completes a window.
 
         Args:
-            losses: As `LevelLosses.losses`.
-            scores: Of the codes, 0 for padding.
-            latents: Of the codes, numbered in level order.
+            losses: Squared error of each level, as in `LevelLosses`.
+            scores: Scores of the codes, 0 for padding.
+            latents: Latents of the codes, numbered in level order.
             sae_in: The activations.
-            step: As `is_due`.
+            step: Step as in `is_due`.
         """
         self._codes.add(scores, latents, len(sae_in), self._cfg.d_sae)
         x = sae_in.float()

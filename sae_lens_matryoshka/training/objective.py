@@ -188,7 +188,7 @@ def auxiliary_loss(
         residual: Reconstruction minus activation, without gradient.
         pre_acts: Pre-activations of the dead latents.
         norms: Factor from pre-activation to score, or None where both are the same.
-        decoder_rows: Of the dead latents.
+        decoder_rows: Decoder rows of the dead latents.
     """
     n_dead, d_in = decoder_rows.shape
     k_aux = d_in // 2

@@ -24,7 +24,7 @@ def level_of_latent(
 
     Args:
         prefixes: Prefix lengths of the levels, strictly increasing, the last of them d_sae.
-        device: Of the result.
+        device: Device of the result.
     """
     ends = to_device(prefixes, torch.int64, device)
     latents = torch.arange(prefixes[-1], device=device)

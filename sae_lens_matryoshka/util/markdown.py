@@ -7,7 +7,7 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], n_text:
     """A Markdown table.
 
     Args:
-        titles: Of the columns.
+        titles: Titles of the columns.
         rows: The cells of each row.
         n_text: Number of text columns, aligned left; the numbers after them are aligned right.
     """
