@@ -103,7 +103,8 @@ def read_dictionary_learning(config: Path, weights: Path) -> Checkpoint:
     trainer, buffer = _section(config, cfg, "trainer"), _section(config, cfg, "buffer")
     dict_class = trainer.get("dict_class")
     if dict_class != _MATRYOSHKA_CLASS:
-        kind = OnlyFromHubError if dict_class else ValueError  # without it SAELens can't load it either
+        # without a class SAELens can't load it from the Hub either
+        kind = OnlyFromHubError if dict_class else ValueError
         raise kind(
             f"{config.name}: trainer.dict_class={dict_class!r} is not accepted from a folder: "
             f"only {_MATRYOSHKA_CLASS!r} is; other classes load from the Hub."
