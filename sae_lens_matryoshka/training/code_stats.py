@@ -39,7 +39,7 @@ class CodeStats:
         if n_codes == 0:
             return
         if n_codes > _SAMPLE:
-            # spread evenly, and in step with no period: TopK has k codes in each row
+            # evenly spread positions without a period: TopK has k codes in each row
             positions = torch.arange(_SAMPLE, device=scores.device, dtype=torch.float64)
             scores = scores[((positions * _GOLDEN_RATIO).frac() * n_codes).long()]
         sample = scores.float().sort().values
