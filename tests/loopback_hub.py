@@ -168,6 +168,15 @@ class LoopbackHub:
             self._fault = before
 
     @contextmanager
+    def down(self) -> Iterator[None]:
+        """Answers nothing, as a Hub that can't be reached."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextmanager
     def cut_short(self, path_substring: str) -> Iterator[None]:
         """Breaks off downloads of matching files in mid-file, also when the client resumes them."""
         before, self._cut = self._cut, path_substring

@@ -1,6 +1,7 @@
 """SAELens' `matryoshka_batchtopk` and this package's SAE, driven through the same steps."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,22 +11,24 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 
 
-def twins(
-    implementation: str, spread: float = 0.2, **options: Any
-) -> tuple[MatryoshkaBatchTopKTrainingSAE, MatryoshkaTrainingSAE]:
-    """SAELens' SAE and ours, of the same options and the same weights.
+def spread(sae: TrainingSAE[Any], by: float = 0.2) -> None:
+    """Spread weights and biases out so that decoder norms, biases and signs all matter."""
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(torch.randn_like(parameter) * by)
 
-    Weights and biases are spread out so that decoder norms, biases and signs all matter.
-    """
+
+def twins(
+    implementation: str, **options: Any
+) -> tuple[MatryoshkaBatchTopKTrainingSAE, MatryoshkaTrainingSAE]:
+    """SAELens' SAE and ours, of the same options and the same weights, which are spread out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**options))
         ours = MatryoshkaTrainingSAE(
             MatryoshkaTrainingSAEConfig(**options, implementation=implementation)  # type: ignore[arg-type]
         )
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(torch.randn_like(parameter) * spread)
+    spread(peer)
     ours.load_state_dict(peer.state_dict())
     return peer, ours
 
@@ -59,8 +62,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / scale if scale else difference
 
 
+def assert_near(
+    actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
+) -> None:
+    """Both hold the same names, and each tensor's relative error is below the tolerance."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < tolerance, name
+
+
 def outcome(sae: TrainingSAE[Any], output: TrainStepOutput) -> dict[str, torch.Tensor]:
-    """Everything a step hands to the trainer, with the gradients of its loss."""
+    """Everything a step hands to the trainer, with the gradients of its loss alone."""
+    sae.zero_grad()
     output.loss.backward()
     return {
         "loss": output.loss.detach(),

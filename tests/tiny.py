@@ -5,11 +5,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 D_MODEL, N_HEADS, N_CTX, VOCAB = 16, 2, 16, 50
+SHORT_RUN: dict[str, Any] = {  # of one SAE or of several
+    "model_name": "tiny",
+    "dataset_path": "tokens",
+    "streaming": False,
+    "prepend_bos": False,
+    "context_size": N_CTX,
+    "n_batches_in_buffer": 4,
+    "store_batch_size_prompts": 8,
+    "train_batch_size_tokens": 64,
+}
 
 
 def tiny_model() -> HookedTransformer:
@@ -37,17 +47,10 @@ def runner_config(
     sae: TrainingSAEConfig, folder: Path, **options: Any
 ) -> LanguageModelSAERunnerConfig[Any]:
     settings: dict[str, Any] = {
+        **SHORT_RUN,
         "sae": sae,
-        "model_name": "tiny",
         "hook_name": "blocks.1.hook_resid_pre",
-        "dataset_path": "tokens",
-        "streaming": False,
         "is_dataset_tokenized": True,
-        "prepend_bos": False,
-        "context_size": N_CTX,
-        "n_batches_in_buffer": 4,
-        "store_batch_size_prompts": 8,
-        "train_batch_size_tokens": 64,
         "training_tokens": 64 * 20,
         "dead_feature_window": 4,
         "n_batches_for_norm_estimate": 4,
@@ -60,3 +63,9 @@ def runner_config(
         **options,
     }
     return LanguageModelSAERunnerConfig(**settings)
+
+
+def run(cfg: Any, runner: Any = LanguageModelSAETrainingRunner) -> Any:
+    """What a runner trains on the tiny model."""
+    torch.manual_seed(0)
+    return runner(cfg, override_model=tiny_model(), override_dataset=token_dataset()).run()

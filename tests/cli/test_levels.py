@@ -27,6 +27,7 @@ from sae_lens_matryoshka import cli, load_sae
 from sae_lens_matryoshka.cli import measuring
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.levels.slicing import set_widths, widths_of
+from tests.cli.conftest import Refusal
 from tests.loopback_hub import LoopbackHub, use_cache
 from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
@@ -115,21 +116,13 @@ def is_measured_on(x: torch.Tensor, weights: Weights, rows: list[Row]) -> None:
     assert all(row["n_dead"] >= 1 for row in rows)
 
 
-def refusal(capsys: Capture, *words: str, code: int = 2) -> str:
-    """The one line that the command line answers, behind the traces of a progress bar."""
-    assert cli.main(words) == code
-    line = capsys.readouterr().err.rpartition("\r")[2]
-    assert line.startswith("error: ")
-    assert line.endswith("\n")
-    assert line.count("\n") == 1
-    return line
-
-
 def activations() -> torch.Tensor:
     return torch.randn(6, 10, D_MODEL, generator=torch.Generator().manual_seed(1))
 
 
-def test_levels_from_weights(weights: Weights, hub: LoopbackHub, capsys: Capture) -> None:
+def test_levels_from_weights(
+    weights: Weights, hub: LoopbackHub, capsys: Capture, refusal: Refusal
+) -> None:
     hub.add(REPO, {f"some/id/{path.name}": path.read_bytes() for path in Path("sae").iterdir()})
     expected = [from_weights(weights, width) for width in WIDTHS]
     for words in ("sae", "plain --matryoshka-widths 3,8,20 --json a.json", f"{REPO} some/id"):
@@ -139,7 +132,7 @@ def test_levels_from_weights(weights: Weights, hub: LoopbackHub, capsys: Capture
     assert [row["width"] for row in rows] == WIDTHS
     assert [row["decoder_norm"] for row in rows] == [row["decoder norm"] for row in expected]
     assert [row["l0"] for row in rows] == [None] * 3
-    assert "did you mean 'some/id'?" in refusal(capsys, "levels", REPO, "some/idd")
+    assert "did you mean 'some/id'?" in refusal("levels", REPO, "some/idd")
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.safetensors", "state.pt"])
@@ -165,7 +158,7 @@ def test_levels_on_a_file(weights: Weights, capsys: Capture, name: str) -> None:
 
 
 def test_levels_on_cached_activations(
-    weights: Weights, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:
     model = tiny_model()
     monkeypatch.setattr("sae_lens.cache_activations_runner.load_model", lambda *_, **__: model)
@@ -191,7 +184,7 @@ def test_levels_on_cached_activations(
     is_measured_on(x, weights, json.loads(Path("rows.json").read_text())["levels"])
     save_sae(Path("sae"), hook_name="blocks.0.hook_resid_pre")
     telling = "cached holds no activations of blocks.0.hook_resid_pre."
-    assert telling in refusal(capsys, "levels", "sae", *words)
+    assert telling in refusal("levels", "sae", *words)
 
 
 IN_THE_DEMO = """
@@ -244,15 +237,15 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
     assert image.imread(tmp_path / "a.png").std() > 0.05
 
 
-def test_unknown_model_and_hook(tmp_path: Path, capsys: Capture) -> None:
+def test_unknown_model_and_hook(tmp_path: Path, refusal: Refusal) -> None:
     sae = tmp_path / "sae"
     save_sae(sae, hook_name="blocks.0.hook_x", context_size=8, prepend_bos=True)
-    said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gtp2")
+    said = refusal("levels", str(sae), "--dataset", "t", "--model", "gtp2")
     assert "TransformerLens does not know the model 'gtp2'; did you mean gpt2" in said
     small = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "load_model", lambda *_, **__: small)
-        said = refusal(capsys, "levels", str(sae), "--dataset", "t", "--model", "gpt2")
+        said = refusal("levels", str(sae), "--dataset", "t", "--model", "gpt2")
     assert "the model 'gpt2' has no hook 'blocks.0.hook_x'" in said
 
 
@@ -287,7 +280,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG)
 @pytest.mark.usefixtures("weights")
-def test_mistake_is_named(hub: LoopbackHub, capsys: Capture, words: str) -> None:
+def test_mistake_is_named(hub: LoopbackHub, refusal: Refusal, words: str) -> None:
     Path("bad").mkdir()
     Path("bad/x.npy").write_text("no activations")
     for name, shape in {"x": (4, 16), "wide": (4, 17), "empty": (0, 16), "scalar": ()}.items():
@@ -295,47 +288,60 @@ def test_mistake_is_named(hub: LoopbackHub, capsys: Capture, words: str) -> None
     np.save("nan", np.full((4, 16), np.nan))
     torch.save({"a": torch.ones(4, 16), "b": torch.ones(4, 16)}, "two.pt")
     before = sorted(Path().rglob("*"))
-    assert WRONG[words] in refusal(capsys, *words.split())
+    assert WRONG[words] in refusal(*words.split())
     assert sorted(Path().rglob("*")) == before
     assert hub.requests == []
 
 
 @pytest.mark.usefixtures("weights")
-def test_hub_that_is_down(hub: LoopbackHub, capsys: Capture) -> None:
-    hub.stop()
-    try:
+def test_hub_that_is_down(hub: LoopbackHub, refusal: Refusal) -> None:
+    with hub.down():
         for words in (["levels", REPO, "some/id"], ["publish", "sae", REPO]):
-            assert f"can't be reached for {REPO}" in refusal(capsys, *words, code=1)
-    finally:
-        hub.start()
+            assert f"can't be reached for {REPO}" in refusal(*words, code=1)
 
 
 DISK_FULL = """
 import resource, sys
 from sae_lens_matryoshka import cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-sys.exit(cli.main(sys.argv[1:]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(cli.main(sys.argv[2:]))
 """
 
 
+def on_a_full_disk(limit: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command that fails, because files can't become larger than this limit."""
+    command = [sys.executable, "-W", "ignore", "-c", DISK_FULL, str(limit), *words]
+    ended = subprocess.run(
+        command, env=os.environ | HERE, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: .*File too large.*", ended.stderr.splitlines()[-1])
+    return ended
+
+
 @pytest.mark.usefixtures("weights")
-def test_plot_that_cannot_be_written(capsys: Capture) -> None:
+def test_plot_that_cannot_be_written(refusal: Refusal) -> None:
     np.save("x", activations().numpy())
     Path("old.png").write_bytes(b"old")
     Path("folder.png").mkdir()
     before = sorted(Path().iterdir())
     words = ["levels", "sae", "--activations", "x.npy", "--plot"]
     for plot in ("none/levels.png", "x.npy/levels.png"):
-        assert "is not a folder to write levels.png to" in refusal(capsys, *words, plot)
-    assert "folder" in refusal(capsys, *words, "folder.png", code=1)
-    command = [sys.executable, "-W", "ignore", "-c", DISK_FULL, *words, "old.png"]
-    ended = subprocess.run(
-        command, env=os.environ | HERE, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ended.returncode == 1
-    assert re.fullmatch(r"error: .*File too large.*", ended.stderr.splitlines()[-1])
+        assert "is not a folder to write levels.png to" in refusal(*words, plot)
+    assert "folder" in refusal(*words, "folder.png", code=1)
+    on_a_full_disk(5000, *words, "old.png")
     assert sorted(Path().iterdir()) == before
     assert Path("old.png").read_bytes() == b"old"
+
+
+@pytest.mark.usefixtures("weights")
+def test_publication_that_cannot_be_written() -> None:
+    assert Path("sae/sae_weights.safetensors").stat().st_size > 2500
+    before = sorted(Path().iterdir())
+    ended = on_a_full_disk(2500, "publish", "sae", REPO, "--dry-run", "--out", "out")
+    assert sorted(Path().iterdir()) == before
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
 
 
 def test_dry_run_asks_the_hub_nothing(weights: Weights, hub: LoopbackHub, capsys: Capture) -> None:
@@ -360,9 +366,13 @@ def test_dry_run_asks_the_hub_nothing(weights: Weights, hub: LoopbackHub, capsys
 
 
 def test_publish(
-    weights: Weights, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    weights: Weights,
+    hub: LoopbackHub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    refusal: Refusal,
 ) -> None:
-    assert "hf auth login" in refusal(capsys, "publish", "sae", REPO, code=1)
+    assert "hf auth login" in refusal("publish", "sae", REPO, code=1)
     assert hub.repos == {}
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     assert cli.main(["publish", "sae", REPO, "--private"]) == 0

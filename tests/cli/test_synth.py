@@ -41,13 +41,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (["toy", "--out", f"{__file__}/x"], "can't be written to"),
     ],
 )
-def test_mistakes(words, message, tmp_path, capsys, monkeypatch):
+def test_mistakes(words, message, tmp_path, refusal, monkeypatch):
     monkeypatch.setattr(training, "train_all", pytest.fail)
-    assert cli.main(["synth", "--out", str(tmp_path / "out"), *words]) == 2
-    answer = capsys.readouterr().err
-    assert answer.startswith("error: ")
-    assert answer.count("\n") == 1
-    assert message in answer
+    assert message in refusal("synth", "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -116,8 +112,6 @@ def test_a_score_that_some_seeds_lack():
     ]
     spreads = summarize(runs)
     assert spreads["absorption"] == (0.25, None, 1)
-    (row,) = (line for line in table({"a": spreads}).splitlines() if line.startswith("| a"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2] == "0.600 ± 0.141"
-    assert cells[4] == "0.250 (1 of 2)"
-    assert cells[-1] == "2"
+    shown = table({"a": spreads})
+    assert "| 0.600 ± 0.141 |" in shown
+    assert "| 0.250 (1 of 2) |" in shown

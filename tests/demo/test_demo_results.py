@@ -1,22 +1,12 @@
 """The aggregation of `scripts/demo_results.py`."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo_results.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("demo_results", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def summary(*values: float) -> dict[str, Any]:
@@ -34,8 +24,9 @@ def summary(*values: float) -> dict[str, Any]:
     }
 
 
-def test_spreads_over_training_and_over_evaluation_seeds(script: Any) -> None:
-    (row,) = script.rows_of([summary(1, 3), summary(4, 4)])
+def test_spreads_over_training_and_over_evaluation_seeds() -> None:
+    rows_of = runpy.run_path(str(SCRIPT))["rows_of"]
+    (row,) = rows_of([summary(1, 3), summary(4, 4)])
     assert row["mean"] == 3
     assert row["std_over_training"] == pytest.approx(2**0.5)  # of 2 and 4
     assert row["std_over_evaluation"] == pytest.approx(2**0.5 / 2)  # of (1, 3) and of (4, 4)

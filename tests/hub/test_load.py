@@ -504,21 +504,17 @@ def test_folders_without_an_sae(tmp_path: Path) -> None:
         folder = placed(files, tmp_path / said[:8])
         with pytest.raises(ValueError, match=re.escape(said)):
             load_sae(folder)
+    # Saved without a trainer's state, an SAE in training is recognised by its architecture.
+    in_training = MatryoshkaTrainingSAE(MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3))
+    in_training.save_model(tmp_path / "in_training")
     for folder, said in (
+        (tmp_path / "in_training", r"training checkpoint.*TrainingSAE\.load_from_disk"),
         (tmp_path / "missing", "There is no folder '.*missing'; to load from the Hub"),
         (placed({"file": b""}, tmp_path / "with_file") / "file", "file is a file: give its folder"),
         (CHANIND_RELEASE, f"needs an SAE's id as well.*'{CHANIND_ID}'"),
     ):
         with pytest.raises(ValueError, match=said):
             load_sae(folder)
-
-
-def test_sae_in_training_is_not_a_finished_one(tmp_path: Path) -> None:
-    """Saved without a trainer's state, it is recognised by its architecture."""
-    cfg = MatryoshkaTrainingSAEConfig(d_in=6, d_sae=20, k=3)
-    MatryoshkaTrainingSAE(cfg).save_model(tmp_path)
-    with pytest.raises(ValueError, match=r"training checkpoint.*TrainingSAE\.load_from_disk"):
-        load_sae(tmp_path)
 
 
 def test_widths_that_do_not_fit(load: Load, hub: LoopbackHub, cache: Path) -> None:
@@ -537,15 +533,6 @@ def test_widths_that_do_not_fit(load: Load, hub: LoopbackHub, cache: Path) -> No
     wrong = SAELENS_6["cfg.json"].replace(b"[3, 8, 20]", b"[8, 3, 20]")
     with pytest.raises(ValueError, match=r"\[8, 3, 20\] does not strictly increase"):
         widths_of(load({**SAELENS_6, "cfg.json": wrong}))
-
-
-@contextmanager
-def down(hub: LoopbackHub) -> Iterator[None]:
-    hub.stop()
-    try:
-        yield
-    finally:
-        hub.start()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -571,7 +558,7 @@ def test_hub_that_fails(
     status, code, kind, said = fault
     hub.add(REPO, under(folder, files))
     for only in ("", *([] if code or not status else files)):  # all files, or this one
-        failing = hub.answer_with(status, code, only) if status else down(hub)
+        failing = hub.answer_with(status, code, only) if status else hub.down()
         with refused(hub, cache, kind, said), failing:
             load_sae(REPO, folder)
         hub.add(REPO, {"README.md": only.encode()})  # a new commit, of which nothing is cached
@@ -583,7 +570,7 @@ def test_cached_sae_loads_while_the_hub_is_down(hub: LoopbackHub, name: str) -> 
     files, _, _, folder, _ = CASES[name]
     hub.add(REPO, under(folder, files))
     before = load_sae(REPO, folder)
-    with down(hub):
+    with hub.down():
         same_weights(load_sae(REPO, folder), before)
 
 
@@ -608,7 +595,7 @@ def test_private_repository(
     bob, other = hub.add_user("bob"), hub.add_user("ann")
     for token in ("", other):
         monkeypatch.setenv("HF_TOKEN", token)
-        with refused(hub, cache, ValueError, "it is private and HF_TOKEN"):
+        with refused(hub, cache, ValueError, "it is private and HF_TOKEN or `hf auth login`"):
             load_sae("bob/private", folder)
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     with pytest.raises(PermissionError, match=r"status 401.*HF_TOKEN to a token that has access"):

@@ -37,10 +37,7 @@ OPTIONS = {
 def test_saved_sae_loads_and_truncates():
     sae = load_sae(SAVED)
     stored = load_file(SAVED / "sae_weights.safetensors")
-    weights = sae.state_dict()
-    assert weights.keys() == stored.keys()
-    for name, tensor in stored.items():
-        assert torch.equal(weights[name], tensor), name
+    torch.testing.assert_close(dict(sae.state_dict()), stored, rtol=0, atol=0)
     assert widths_of(sae) == [6, 18, 48]
     level = truncate(sae, 18)
     assert torch.equal(level.W_dec, stored["W_dec"][:18])

@@ -79,14 +79,18 @@ def test_full_ranking_is_saelens_batchtopk(seed: int, k: float, kind: str) -> No
     assert torch.equal(codes.rows * 40 + codes.latents, expected.flatten().nonzero().flatten())
 
 
-def test_a_good_floor_settles_it_without_a_full_ranking() -> None:
+@pytest.mark.parametrize("ranks_by_norm", [False, True])
+def test_a_good_floor_settles_it_without_a_full_ranking(ranks_by_norm: bool) -> None:
     inputs = drawn_inputs(0, 64, 16, 512, torch.float32, "plain")
-    expected = select_full(**inputs, norms=None, n_keep=256)
-    codes = select_above(**inputs, norms=None, n_keep=256, floor=0.8 * expected.cut)
+    norms = torch.rand(512) + 0.5 if ranks_by_norm else None
+    if norms is not None:
+        norms[7] = 0  # a latent without a decoder does not stop the fast way
+    expected = select_full(**inputs, norms=norms, n_keep=256)
+    codes = select_above(**inputs, norms=norms, n_keep=256, floor=0.8 * expected.cut)
     assert codes is not None
     assert_same(codes, expected)
     assert codes.cut == expected.cut == expected.scores.min().item()
-    assert select_above(**inputs, norms=None, n_keep=256, floor=1.01 * expected.cut) is None
+    assert select_above(**inputs, norms=norms, n_keep=256, floor=1.01 * expected.cut) is None
 
 
 def test_scores_that_tie_at_the_cut_are_left_to_the_full_ranking() -> None:
@@ -97,16 +101,6 @@ def test_scores_that_tie_at_the_cut_are_left_to_the_full_ranking() -> None:
     settled = select_above(**inputs, n_keep=12, floor=0.5)
     assert settled is not None
     assert settled.latents.tolist() == [0, 1, 2] * 4
-
-
-def test_a_latent_without_a_decoder_does_not_stop_the_fast_way() -> None:
-    inputs = drawn_inputs(0, 64, 16, 512, torch.float32, "plain")
-    norms = torch.rand(512) + 0.5
-    norms[7] = 0
-    expected = select_full(**inputs, norms=norms, n_keep=256)
-    codes = select_above(**inputs, norms=norms, n_keep=256, floor=0.8 * expected.cut)
-    assert codes is not None
-    assert_same(codes, expected)
 
 
 def test_a_floor_far_too_low_is_given_up_before_it_fills_memory() -> None:

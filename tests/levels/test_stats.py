@@ -26,7 +26,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sae_lens_matryoshka.levels import stats as level_stats
-from sae_lens_matryoshka.levels.report import draw_level_stats, level_note, level_table
+from sae_lens_matryoshka.levels.report import draw_level_stats
 from sae_lens_matryoshka.levels.slicing import levels, set_widths, truncate
 from sae_lens_matryoshka.levels.stats import (
     LevelStats,
@@ -157,12 +157,8 @@ def test_in_the_model(excluded: Any) -> None:
     )
     sae = jumprelu(D_MODEL, [8, 24, 64], metadata=metadata)
     model.tokenizer = _tokenizer()
-    store = ActivationsStore.from_sae(
-        model, sae, dataset=token_dataset(40), streaming=False, store_batch_size_prompts=4
-    )
-    again = ActivationsStore.from_sae(
-        model, sae, dataset=token_dataset(40), streaming=False, store_batch_size_prompts=4
-    )
+    options = {"dataset": token_dataset(40), "streaming": False, "store_batch_size_prompts": 4}
+    store, again = (ActivationsStore.from_sae(model, sae, **options) for _ in range(2))
     with mock.patch.object(model, "forward", wraps=model.forward) as forward:
         rows = measure_levels_in_model(sae, model, store, n_batches=3)
     assert forward.call_count == 3 * (2 + len(rows)), "unchanged, ablated and with each level"
@@ -208,29 +204,6 @@ ROWS = [
     LevelStats(1, 1, None, 0.5, 0.25, 0.1234, 0, 0.4),
     LevelStats(8, 7, 0.75, 1.0, 2.0, 0.9, 3, None),
 ]
-
-
-def test_table_shows_what_was_measured() -> None:
-    assert level_table(ROWS).splitlines() == [
-        "| width | latents added | L0 | variance explained | CE loss recovered | dead latents "
-        "| mean max decoder cosine | decoder norm |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-        "| 1 | 1 | 0.25 | 0.123 | 0.400 | 0 |  | 0.500 |",
-        "| 8 | 7 | 2.00 | 0.900 |  | 3 | 0.750 | 1.000 |",
-    ]
-    from_weights = [LevelStats(*row[:4]) for row in ROWS]
-    assert level_table(from_weights).splitlines()[2:] == [
-        "| 1 | 1 |  | 0.500 |",
-        "| 8 | 7 | 0.750 | 1.000 |",
-    ]
-
-
-def test_note_says_what_was_measured() -> None:
-    measured = ROWS[1]._replace(n_tokens=20480, l0_error=0.123)
-    note = level_note([ROWS[0], measured], "held_out")
-    assert note.startswith("Measured on 20,480 tokens of held_out. L0 is")
-    assert "± 0.12 for the whole SAE" in note
-    assert level_note(ROWS, "nothing").startswith("From the weights alone")
 
 
 def test_plot_replaces_a_file_only_when_it_is_whole(tmp_path: Path) -> None:

@@ -89,14 +89,6 @@ def test_learning_rate_warms_up_and_decays_to_0_over_the_last_fifth(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_says_where_its_numbers_come_from(name: str):
-    text = (CONFIGS / f"{name}.yaml").read_text()
-    comment = text[: text.index("model_name")]
-    assert "2503.17547" in comment or "2503.09532" in comment
-    assert all(line.startswith("#") for line in comment.splitlines())
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_config_survives_its_own_dictionary(name: str, tmp_path: Path):
     cfg = load_run_config(CONFIGS / f"{name}.yaml")
     written: dict[str, Any] = cfg.to_dict()

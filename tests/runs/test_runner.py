@@ -95,12 +95,19 @@ def at_batch(
     runner.activations_store._dataloader = loader()
 
 
-def send(*signums: signal.Signals) -> Callable[[], None]:
-    def act() -> None:
+def interrupted(
+    runner: MatryoshkaTrainingRunner, n: int, *signums: signal.Signals
+) -> TrainingInterrupted:
+    """What ends a run that is sent these signals before its n-th batch."""
+
+    def send() -> None:
         for signum in signums:
             signal.raise_signal(signum)
 
-    return act
+    at_batch(runner, n, send)
+    with pytest.raises(TrainingInterrupted) as caught:
+        runner.run()
+    return caught.value
 
 
 def fail() -> None:
@@ -136,16 +143,14 @@ def moments(trainer: SAETrainer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_finishes_the_step_and_saves_it(make_runner, signum):
     runner = make_runner()
-    at_batch(runner, 5, send(signum))
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(TrainingInterrupted) as caught:
-        runner.run()
+    stopped = interrupted(runner, 5, signum)
 
-    assert caught.value.signum == signum
-    checkpoint = caught.value.checkpoint
+    assert stopped.signum == signum
+    checkpoint = stopped.checkpoint
     assert checkpoint == Path(runner.cfg.checkpoint_path) / str(5 * BATCH)
     assert {path.name for path in checkpoint.iterdir()} == FILES
-    assert str(caught.value) == (
+    assert str(stopped) == (
         f"{signum.name}: step 5 (160 training samples) is saved in {checkpoint}. To resume, "
         f"start the same run with --resume_from_checkpoint {checkpoint} (in a config: "
         "resume_from_checkpoint)."
@@ -165,15 +170,12 @@ def test_resuming_restores_everything_and_ends_with_the_same_weights(
     whole = make_runner(normalize_activations=normalize_activations).run()
 
     stopped = make_runner(normalize_activations=normalize_activations)
-    at_batch(stopped, n_estimated + 7, send(signal.SIGINT))
-    with pytest.raises(TrainingInterrupted) as caught:
-        stopped.run()
+    checkpoint = interrupted(stopped, n_estimated + 7, signal.SIGINT).checkpoint
     at_stop = trainers[-1]
     parameters = {name: value.clone() for name, value in stopped.sae.state_dict().items()}
 
     resumed = make_runner(
-        normalize_activations=normalize_activations,
-        resume_from_checkpoint=str(caught.value.checkpoint),
+        normalize_activations=normalize_activations, resume_from_checkpoint=str(checkpoint)
     )
     restored: dict[str, object] = {}
 
@@ -203,11 +205,9 @@ def test_resuming_restores_everything_and_ends_with_the_same_weights(
     )
     assert parameters.keys() == {"W_enc", "b_enc", "W_dec", "b_dec", "topk_threshold"}
     assert parameters["topk_threshold"] > 0
-    for name, value in parameters.items():
-        assert torch.equal(restored["parameters"][name], value), name
+    torch.testing.assert_close(restored["parameters"], parameters, rtol=0, atol=0)
     assert len(restored["moments"]) == 12
-    for value, saved in zip(restored["moments"], moments(at_stop), strict=True):
-        assert torch.equal(value, saved)
+    torch.testing.assert_close(restored["moments"], moments(at_stop), rtol=0, atol=0)
     assert torch.equal(restored["since_fired"], at_stop.n_forward_passes_since_fired)
     assert restored["since_fired"].max() == 7
     assert torch.equal(restored["act_freq"], at_stop.act_freq_scores)
@@ -217,8 +217,7 @@ def test_resuming_restores_everything_and_ends_with_the_same_weights(
     assert sae.W_enc.stride() == (1, D_MODEL)
     assert trainer.optimizer.state[sae.W_enc]["exp_avg"].stride() == (1, D_MODEL)
     assert trainer.n_training_steps == N_STEPS
-    for name, value in whole.state_dict().items():
-        assert torch.equal(sae.state_dict()[name], value), name
+    torch.testing.assert_close(sae.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_periodic_checkpoints_count_their_own_step_and_are_not_saved_again_on_resuming(
@@ -236,57 +235,47 @@ def test_periodic_checkpoints_count_their_own_step_and_are_not_saved_again_on_re
     resumed.run()
     assert checkpoints(resumed) == ["320"]
     assert trainers[-1].n_training_steps == N_STEPS
-    for name, value in first.sae.state_dict().items():
-        assert torch.equal(resumed.sae.state_dict()[name], value), name
+    torch.testing.assert_close(resumed.sae.state_dict(), first.sae.state_dict(), rtol=0, atol=0)
 
 
-def test_second_signal_stops_at_once(make_runner):
+@pytest.mark.parametrize(
+    ("n", "signums", "message"),
+    [
+        (5, [signal.SIGINT, signal.SIGTERM], "second signal, nothing saved"),
+        (1, [signal.SIGTERM], "before the first step"),
+    ],
+)
+def test_signals_that_stop_at_once(make_runner, n, signums, message):
     runner = make_runner()
-    at_batch(runner, 5, send(signal.SIGINT, signal.SIGTERM))
-    with pytest.raises(TrainingInterrupted, match="second signal, nothing saved") as caught:
-        runner.run()
-    assert (caught.value.signum, caught.value.checkpoint) == (signal.SIGTERM, None)
-    assert checkpoints(runner) == []
-
-
-def test_signal_before_the_first_step_stops_at_once(make_runner):
-    runner = make_runner()
-    at_batch(runner, 1, send(signal.SIGTERM))
-    with pytest.raises(TrainingInterrupted, match="before the first step") as caught:
-        runner.run()
-    assert caught.value.checkpoint is None
+    stopped = interrupted(runner, n, *signums)
+    assert message in str(stopped)
+    assert (stopped.signum, stopped.checkpoint) == (signal.SIGTERM, None)
     assert checkpoints(runner) == []
 
 
 def test_signal_in_the_last_step_lets_the_run_finish(make_runner, tmp_path):
     runner = make_runner(output_path=str(tmp_path / "output"))
-    at_batch(runner, N_STEPS, send(signal.SIGINT))
+    at_batch(runner, N_STEPS, lambda: signal.raise_signal(signal.SIGINT))
     runner.run()
     assert (tmp_path / "output" / "sae_weights.safetensors").is_file()
 
 
 def test_signal_without_a_checkpoint_path_says_which_field_to_set(make_runner):
-    runner = make_runner(checkpoint_path=None)
-    at_batch(runner, 5, send(signal.SIGINT))
-    with pytest.raises(
-        TrainingInterrupted, match="none of the 5 steps could be saved, because checkpoint_path"
-    ) as caught:
-        runner.run()
-    assert caught.value.checkpoint is None
+    stopped = interrupted(make_runner(checkpoint_path=None), 5, signal.SIGINT)
+    assert "none of the 5 steps could be saved, because checkpoint_path" in str(stopped)
+    assert stopped.checkpoint is None
 
 
 def test_prefetched_batches(make_runner, monkeypatch):
     trainers = the_trainer(monkeypatch)
     runner = make_runner(prefetch_llm_batches=2)
-    at_batch(runner, 6, send(signal.SIGTERM))
-    with pytest.raises(TrainingInterrupted) as caught:
-        runner.run()
+    checkpoint = interrupted(runner, 6, signal.SIGTERM).checkpoint
     # The signal comes while batch 6 is made, up to three batches ahead of the step.
     n_steps = trainers[-1].n_training_steps
     assert 3 <= n_steps <= 6
-    assert caught.value.checkpoint.name == str(n_steps * BATCH)
-    assert {path.name for path in caught.value.checkpoint.iterdir()} == FILES
-    make_runner(prefetch_llm_batches=2, resume_from_checkpoint=str(caught.value.checkpoint)).run()
+    assert checkpoint.name == str(n_steps * BATCH)
+    assert {path.name for path in checkpoint.iterdir()} == FILES
+    make_runner(prefetch_llm_batches=2, resume_from_checkpoint=str(checkpoint)).run()
     assert trainers[-1].n_training_steps == N_STEPS
 
 
@@ -304,8 +293,7 @@ def test_broken_stream_keeps_the_last_step(make_runner, caplog, n_steps):
     checkpoint = Path(runner.cfg.checkpoint_path) / str(n_samples)
     resumed = make_runner(resume_from_checkpoint=str(checkpoint)).run()
     whole = make_runner().run()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_exception_before_the_first_step_saves_nothing(make_runner):
@@ -367,9 +355,8 @@ def test_step_that_breaks_off_after_counting_is_undone(make_runner, monkeypatch)
     expected = Path(other.cfg.checkpoint_path) / str(5 * BATCH)
     since_fired = torch.load(expected / "trainer_state.pt")["n_forward_passes_since_fired"]
     assert torch.equal(state["n_forward_passes_since_fired"], since_fired)
-    weights = load_file(checkpoint / "sae_weights.safetensors")
-    for name, value in load_file(expected / "sae_weights.safetensors").items():
-        assert torch.equal(weights[name], value), name
+    weights, others = (load_file(p / "sae_weights.safetensors") for p in (checkpoint, expected))
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
     trainers = the_trainer(monkeypatch)
     make_runner(resume_from_checkpoint=str(checkpoint)).run()
@@ -409,10 +396,7 @@ def test_checkpoint_is_replaced_by_a_whole_one_or_not_at_all(make_runner, monkey
     def stopped_at_step_4(lr: float) -> TrainingInterrupted:
         # With an id of its own, a run writes into the same folder as the one before.
         runner = make_runner(lr=lr, logger=LoggingConfig(log_to_wandb=False, wandb_id="same"))
-        at_batch(runner, 4, send(signal.SIGINT))
-        with pytest.raises(TrainingInterrupted) as caught:
-            runner.run()
-        return caught.value
+        return interrupted(runner, 4, signal.SIGINT)
 
     folder = tmp_path / "checkpoints" / "same"
     assert stopped_at_step_4(lr=1e-2).checkpoint == folder / "128"
@@ -439,10 +423,7 @@ def test_checkpoint_is_replaced_by_a_whole_one_or_not_at_all(make_runner, monkey
 @pytest.fixture
 def checkpoint(make_runner) -> Path:
     runner = make_runner(normalize_activations="expected_average_only_in")
-    at_batch(runner, 2 + 3, send(signal.SIGINT))
-    with pytest.raises(TrainingInterrupted) as caught:
-        runner.run()
-    return caught.value.checkpoint
+    return interrupted(runner, 2 + 3, signal.SIGINT).checkpoint
 
 
 def missing(folder: Path) -> None:

@@ -135,11 +135,6 @@ def test_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"made with sae.k=1.12, not sae.k=2.0"):
         untrained_variants(other, plan_variants(other, ["batchtopk"]), [1], tmp_path)
     assert untrained_variants(other, plan_variants(other, ["l1"]), [1], tmp_path).keys() == {1}
-
-
-def test_devices_are_not_mixed(tmp_path):
-    variants = plan_variants(SHORT, ["l1"])
-    train_together(SHORT, variants, 0, tmp_path)
     with pytest.raises(ValueError, match=r"made with device='cpu', not device='cuda'"):
         untrained_variants(SHORT, variants, [1], tmp_path, "cuda")
 

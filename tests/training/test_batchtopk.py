@@ -9,7 +9,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.kernels import selection
-from tests.steps import dense, outcome, relative_error, run_step, twins
+from tests.steps import assert_near, dense, outcome, relative_error, run_step, twins
 
 
 def make_sae(**options: Any) -> MatryoshkaTrainingSAE:
@@ -94,8 +94,7 @@ def test_hooks_see_what_saelens_shows_them(use_torch_hooks: bool) -> None:
     expected, actual = results
     peers_view, our_view = shapes.values()
     assert our_view == peers_view
-    for name, value in expected.items():
-        assert relative_error(actual[name], value) < 1e-5, name
+    assert_near(actual, expected, 1e-5)
 
 
 def test_gradient_to_the_activations_comes_from_the_reference() -> None:
@@ -161,8 +160,7 @@ def test_non_finite_values_stop_the_step(spoil: Any, message: str, implementatio
         run_step(sae, x, None, step=7)
     assert torch.equal(sae.topk_threshold, threshold)
     assert all(p.grad is None for p in sae.parameters())
-    for name, value in sae.state_dict().items():
-        torch.testing.assert_close(value, before[name], equal_nan=True)
+    torch.testing.assert_close(sae.state_dict(), before, equal_nan=True)
 
 
 def test_compiling_falls_back_and_stays_right() -> None:
@@ -171,14 +169,8 @@ def test_compiling_falls_back_and_stays_right() -> None:
     ours.training_forward_pass = torch.compile(ours.training_forward_pass)  # type: ignore[method-assign]
     for step in range(3):
         x = torch.randn(20 + step, 8)
-        expected, actual = (
-            outcome(peer, run_step(peer, x, None)),
-            outcome(ours, run_step(ours, x, None)),
-        )
-        for name, value in expected.items():
-            assert relative_error(actual[name], value) < 1e-5, name
-        for sae in (peer, ours):
-            sae.zero_grad()
+        expected, actual = (outcome(sae, run_step(sae, x, None)) for sae in (peer, ours))
+        assert_near(actual, expected, 1e-5)
 
 
 def test_layer_norm_without_auxiliary_loss() -> None:
@@ -187,16 +179,11 @@ def test_layer_norm_without_auxiliary_loss() -> None:
     sae = make_sae(normalize_activations="layer_norm", aux_loss_coefficient=0.0)
     x = torch.randn(20, 8) * 3 + 5
     output = run_step(sae, x, None)
-    normed = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     acts = dense(output.feature_acts) / sae.W_dec.norm(dim=-1)
     for width, name in ((4, "inner_mse_loss_4"), (32, "mse_loss")):
-        decoded = acts[:, :width] @ sae.W_dec[:width] + sae.b_dec
-        in_space = decoded * normed.new_tensor(1) * x_std(x) + x.mean(-1, keepdim=True)
+        in_space = (acts[:, :width] @ sae.W_dec[:width] + sae.b_dec) * std + mean
         torch.testing.assert_close(output.losses[name], (in_space - x).pow(2).sum(-1).mean())
-
-
-def x_std(x: torch.Tensor) -> torch.Tensor:
-    return x.sub(x.mean(-1, keepdim=True)).std(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("normalization", ["expected_average_only_in", "covariance_whitening"])
@@ -228,10 +215,7 @@ def test_folding_a_normalization_as_saelens_does(normalization: str) -> None:
             assert scaler.scaling_factor is not None
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     assert relative_error(ours(raw), peer(raw)) < 1e-9
-    for (name, expected), actual in zip(
-        peer.state_dict().items(), ours.state_dict().values(), strict=True
-    ):
-        assert relative_error(actual, expected) < 1e-9, name
+    assert_near(ours.state_dict(), peer.state_dict(), 1e-9)
 
 
 def test_encoder_rows_stay_contiguous_wherever_the_weights_come_from(tmp_path: Any) -> None:

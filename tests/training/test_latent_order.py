@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
@@ -23,8 +22,8 @@ from sae_lens_matryoshka.training.latent_order import (
     reorder_latents,
     update_rates,
 )
-from tests.steps import dense, relative_error
-from tests.tiny import D_MODEL, runner_config, tiny_model, token_dataset
+from tests.steps import dense, relative_error, spread
+from tests.tiny import D_MODEL, run, runner_config
 from tests.training.test_variants import ARCHITECTURES, BATCH, D_IN, D_SAE, make, step_of
 
 FREQUENCY = {"latent_order": "frequency", "matryoshka_widths": [4, 10, D_SAE]}
@@ -77,7 +76,7 @@ def test_levels_are_made_of_the_most_frequent_latents(
 def test_saved_latents_are_in_level_order(architecture: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sae = make(architecture, "sparse", FREQUENCY)
-    _spread(sae)
+    spread(sae)
     for step in range(3):
         step_of(sae, torch.randn(BATCH, D_IN, dtype=torch.float64), None, step)
     order = level_order(sae.firing_rates)
@@ -98,16 +97,10 @@ def test_saved_latents_are_in_level_order(architecture: str, tmp_path: Path) -> 
         torch.testing.assert_close(level.decode(acts[:, order[:width]]), decoded)
 
 
-def _spread(sae: TrainingSAE[Any]) -> None:
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(torch.rand_like(parameter) * 0.3)
-
-
 def make_trainer(architecture: str) -> SAETrainer[Any, Any]:
     torch.manual_seed(0)
     sae = make(architecture, "sparse", FREQUENCY)
-    _spread(sae)
+    spread(sae)
     cfg = SAETrainerConfig(
         total_training_samples=BATCH * 20,
         train_batch_size_samples=BATCH,
@@ -161,8 +154,7 @@ def test_reordering_moves_latents_with_all_that_belongs_to_them(architecture: st
 
 
 def test_a_run_saves_and_resumes_in_level_order(tmp_path: Path) -> None:
-    def run(folder: Path, **options: Any) -> None:
-        torch.manual_seed(0)
+    def save(name: str, **options: Any) -> None:
         sae = MatryoshkaTrainingSAEConfig(
             d_in=D_MODEL,
             d_sae=48,
@@ -173,21 +165,18 @@ def test_a_run_saves_and_resumes_in_level_order(tmp_path: Path) -> None:
             n_prefixes=4,
             prefix_seed=3,
         )
-        MatryoshkaTrainingRunner(
-            runner_config(
-                sae,
-                folder,
-                n_checkpoints=1,
-                activations_mixing_fraction=0,
-                n_batches_in_buffer=4,
-                store_batch_size_prompts=4,
-                **options,
-            ),
-            override_dataset=token_dataset(),
-            override_model=tiny_model(),
-        ).run()
+        cfg = runner_config(
+            sae,
+            tmp_path / name,
+            n_checkpoints=1,
+            activations_mixing_fraction=0,
+            store_batch_size_prompts=4,
+            feature_sampling_window=1000,
+            **options,
+        )
+        run(cfg, MatryoshkaTrainingRunner)
 
-    run(tmp_path / "whole", feature_sampling_window=1000)
+    save("whole")
     [checkpoint] = (tmp_path / "whole" / "checkpoints").rglob("trainer_state.pt")
     state = torch.load(checkpoint, weights_only=True)
     weights = load_file(checkpoint.parent / "sae_weights.safetensors")
@@ -204,11 +193,7 @@ def test_a_run_saves_and_resumes_in_level_order(tmp_path: Path) -> None:
     assert details["latent_order"] == "frequency"
     assert details["prefix_sampling"] == "log_uniform"
 
-    run(
-        tmp_path / "resumed",
-        feature_sampling_window=1000,
-        resume_from_checkpoint=str(checkpoint.parent),
-    )
+    save("resumed", resume_from_checkpoint=str(checkpoint.parent))
     whole, resumed = (
         load_file(tmp_path / name / "output" / "sae_weights.safetensors")
         for name in ("whole", "resumed")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.steps import dense, outcome, relative_error, run_step, twins
+from tests.steps import assert_near, dense, outcome, relative_error, run_step, twins
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
@@ -69,7 +69,6 @@ def test_step_equals_saelens(case: dict, dtype: str, implementation: str) -> Non
         for sae, optimizer in zip((peer, ours), optimizers, strict=True):
             torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()
         # Adam divides by the gradient's size: where a gradient is rounding noise, so is its step
         ours.load_state_dict(peer.state_dict())
 
@@ -104,10 +103,7 @@ def test_weights_after_many_steps(
         since_fired += 1
         since_fired[(dense(output.feature_acts) > 0).any(0)] = 0
     assert (since_fired > 5).any(), "the run is meant to have dead latents"
-    for (name, expected), actual in zip(
-        peer.state_dict().items(), ours.state_dict().values(), strict=True
-    ):
-        assert relative_error(actual, expected) < tolerance, name
+    assert_near(ours.state_dict(), peer.state_dict(), tolerance)
 
 
 def test_bf16_autocast_is_as_exact_as_bf16_allows() -> None:
@@ -130,8 +126,7 @@ def test_bf16_autocast_is_as_exact_as_bf16_allows() -> None:
     expected, actual = results
     assert torch.equal(actual["feature_acts"], expected["feature_acts"])
     assert torch.equal(actual["topk_threshold"], expected["topk_threshold"])
-    for name, value in expected.items():
-        assert relative_error(actual[name], value) < 2e-2, name
+    assert_near(actual, expected, 2e-2)
 
     codes = (expected["feature_acts"] / peer.W_dec.detach().norm(dim=-1)).double()
     exact = codes @ peer.W_dec.detach().double() + peer.b_dec.detach().double()
@@ -167,13 +162,7 @@ def test_ties_and_few_positives_as_in_saelens(implementation: str) -> None:
         for sae in (peer, ours):
             sae.b_enc.fill_(-3.0)  # almost every pre-activation is negative
     for x in (torch.randn(30, 8), torch.randn(30, 8), torch.randn(30, 8) * 1e-3):
-        expected, actual = (
-            outcome(peer, run_step(peer, x, None)),
-            outcome(ours, run_step(ours, x, None)),
-        )
+        expected, actual = (outcome(sae, run_step(sae, x, None)) for sae in (peer, ours))
         assert (expected["feature_acts"] > 0).sum() < 4 * 30
         assert torch.equal(actual["feature_acts"] > 0, expected["feature_acts"] > 0)
-        for name, value in expected.items():
-            assert relative_error(actual[name], value) < 1e-5, name
-        for sae in (peer, ours):
-            sae.zero_grad()
+        assert_near(actual, expected, 1e-5)

@@ -12,13 +12,11 @@ from sae_lens import (
     SAE,
     HookedSAETransformer,
     LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
     LoggingConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
-from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import (
     ActivationGenerator,
     FeatureDictionary,
@@ -30,18 +28,11 @@ from sae_lens.synthetic import (
 from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from tests.steps import relative_error, run_step
-from tests.tiny import D_MODEL, N_HEADS, runner_config, tiny_model, token_dataset
+from tests.steps import assert_near, relative_error, run_step
+from tests.tiny import D_MODEL, N_HEADS, SHORT_RUN, run, runner_config, tiny_model
 from tests.wandb_file import history
 
 OPTIONS: dict[str, Any] = {"d_in": D_MODEL, "d_sae": 64, "k": 4, "matryoshka_widths": [8, 24, 64]}
-
-
-def run(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
-    torch.manual_seed(0)
-    return LanguageModelSAETrainingRunner(
-        cfg, override_model=tiny_model(), override_dataset=token_dataset()
-    ).run()
 
 
 @pytest.mark.parametrize(
@@ -67,9 +58,9 @@ def test_whole_run_equals_saelens(tmp_path: Path, options: dict[str, Any]) -> No
         saved[config_class.architecture()] = load_file(
             folder / "output" / "sae_weights.safetensors"
         )
-    saved["matryoshka_batchtopk"].pop("threshold")
-    for name, expected in saved["matryoshka_batchtopk"].items():
-        assert relative_error(saved["matryoshka"][name], expected) < 1e-9, name
+    for weights in saved.values():
+        del weights["threshold"]
+    assert_near(saved["matryoshka"], saved["matryoshka_batchtopk"], 1e-9)
 
 
 def test_runner_from_objects_and_from_dict(tmp_path: Path) -> None:
@@ -81,10 +72,7 @@ def test_runner_from_objects_and_from_dict(tmp_path: Path) -> None:
     again = LanguageModelSAERunnerConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
     second = run(again)
     assert isinstance(second, MatryoshkaTrainingSAE)
-    for (name, expected), actual in zip(
-        first.state_dict().items(), second.state_dict().values(), strict=True
-    ):
-        assert torch.equal(actual, expected), name
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
 def test_multi_sae_runner(tmp_path: Path) -> None:
@@ -93,25 +81,15 @@ def test_multi_sae_runner(tmp_path: Path) -> None:
         "wide": MatryoshkaTrainingSAEConfig(d_in=D_MODEL, d_sae=96, k=2.5),
     }
     cfg = MultiSAETrainingRunnerConfig(
+        **SHORT_RUN,
         saes=configs,
         hook_names="blocks.1.hook_resid_pre",
-        model_name="tiny",
-        dataset_path="tokens",
-        streaming=False,
-        context_size=16,
-        n_batches_in_buffer=4,
-        store_batch_size_prompts=8,
-        train_batch_size_tokens=64,
         training_tokens=64 * 10,
-        prepend_bos=False,
         logger=LoggingConfig(log_to_wandb=False),
         output_path=str(tmp_path / "output"),
         checkpoint_path=None,
     )
-    torch.manual_seed(0)
-    saes = MultiSAETrainingRunner(
-        cfg, override_model=tiny_model(), override_dataset=token_dataset()
-    ).run()
+    saes = run(cfg, MultiSAETrainingRunner)
     for name, sae in saes.items():
         loaded = SAE.load_from_disk(tmp_path / "output" / name)
         assert loaded.cfg.architecture() == "jumprelu"

@@ -18,9 +18,9 @@ from sae_lens_matryoshka.training.thresholds import (
     batch_threshold,
     calibrate_threshold,
 )
-from tests.levels.test_slicing import INFERENCE, activations, assert_weights, build, run, snapshot
+from tests.levels.test_slicing import INFERENCE, activations, assert_weights, build, snapshot
 from tests.steps import relative_error, run_step
-from tests.tiny import D_MODEL, N_CTX, VOCAB, tiny_model
+from tests.tiny import D_MODEL, N_CTX, VOCAB, run, runner_config, tiny_model
 
 D_SAE = 20
 OPTIONS: dict[str, Any] = {"d_in": D_MODEL, "d_sae": 64, "k": 3.5, "matryoshka_widths": [8, 24, 64]}
@@ -214,7 +214,8 @@ def test_saved_sae_keeps_k_latents(normalize: str, rescale: bool, tmp_path: Path
     options["rescale_acts_by_decoder_norm"] = rescale
     if normalize == "layer_norm":
         options["aux_loss_coefficient"] = 0
-    trained, saved = run(MatryoshkaTrainingSAEConfig(**options), tmp_path / "ours")
+    trained = run(runner_config(MatryoshkaTrainingSAEConfig(**options), tmp_path / "ours"))
+    saved = SAE.load_from_disk(tmp_path / "ours" / "output")
     assert isinstance(trained, MatryoshkaTrainingSAE)
     sample = trained._sample.rows
     assert sample is not None
@@ -231,7 +232,8 @@ def test_saved_sae_keeps_k_latents(normalize: str, rescale: bool, tmp_path: Path
     if normalize == "layer_norm":  # there SAELens trains one level alone, none of it dead
         options["matryoshka_widths"] = [64]
     cfg = MatryoshkaBatchTopKTrainingSAEConfig(**options)
-    peer = run(cfg, tmp_path / "saelens", dead_feature_window=1000)[1]
+    run(runner_config(cfg, tmp_path / "saelens", dead_feature_window=1000))
+    peer = SAE.load_from_disk(tmp_path / "saelens" / "output")
     peer_error = abs(counts(peer, x).mean().item() - 3.5)
     assert peer_error > 5 * tolerance > 5 * error
 
@@ -239,7 +241,8 @@ def test_saved_sae_keeps_k_latents(normalize: str, rescale: bool, tmp_path: Path
 def test_bfloat16(tmp_path: Path) -> None:
     """Scores in 16 bits tie: those at the cut are all left out."""
     cfg = MatryoshkaTrainingSAEConfig(**OPTIONS, dtype="bfloat16")
-    trained, saved = run(cfg, tmp_path, dtype="bfloat16")
+    trained = run(runner_config(cfg, tmp_path, dtype="bfloat16"))
+    saved = SAE.load_from_disk(tmp_path / "output")
     sample = trained._sample.rows
     assert sample is not None
     assert saved.threshold.dtype == torch.bfloat16

@@ -8,18 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import (
-    SAE,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens import SAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from sae_lens_matryoshka import (
-    MatryoshkaJumpReLUTrainingSAE,
     MatryoshkaJumpReLUTrainingSAEConfig,
     MatryoshkaTopKTrainingSAE,
     MatryoshkaTopKTrainingSAEConfig,
@@ -29,7 +22,7 @@ from sae_lens_matryoshka import (
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.layout import lay_out
 from sae_lens_matryoshka.training.prefixes import level_of_latent
-from tests.steps import dense, relative_error, run_step
+from tests.steps import assert_near, dense, run_step, spread
 from tests.training.sparse_objective import decode_nested, mixing_matrix
 
 D_IN, D_SAE, BATCH = 6, 24, 17
@@ -82,8 +75,9 @@ ARCHITECTURES = {
 
 def make(architecture: str, implementation: str, options: dict[str, Any]) -> TrainingSAE[Any]:
     sae_class, config_class = get_sae_training_class(architecture)
-    options = {**ARCHITECTURES[architecture], **options, "implementation": implementation}
-    return sae_class(config_class(d_in=D_IN, d_sae=D_SAE, dtype="float64", **options))
+    options = {"dtype": "float64", **ARCHITECTURES[architecture], **options}
+    options["implementation"] = implementation
+    return sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **options))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -96,9 +90,7 @@ def test_sparse_steps_equal_the_reference(
         options = {**options, "k_start": 6, "k_anneal_steps": 3}
     torch.manual_seed(seed)
     reference = make(architecture, "reference", options)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    spread(reference)
     sparse = make(architecture, "sparse", options)
     sparse.load_state_dict(reference.state_dict())
     optimizers = [torch.optim.SGD(sae.parameters(), lr=0.02) for sae in (reference, sparse)]
@@ -106,10 +98,8 @@ def test_sparse_steps_equal_the_reference(
         x = torch.randn(BATCH, D_IN, dtype=torch.float64)
         dead = torch.rand(D_SAE) < 0.3
         expected, actual = (step_of(sae, x, dead, step) for sae in (reference, sparse))
-        assert actual.losses.keys() == expected.losses.keys()
         torch.testing.assert_close(actual.loss, expected.loss)
-        for name, loss in expected.losses.items():
-            torch.testing.assert_close(actual.losses[name], loss, msg=name)
+        torch.testing.assert_close(actual.losses, expected.losses)
         torch.testing.assert_close(dense(actual.feature_acts), dense(expected.feature_acts))
         assert actual.metrics.keys() == expected.metrics.keys()
         for name, metric in expected.metrics.items():
@@ -127,10 +117,7 @@ def test_sparse_steps_equal_the_reference(
                 torch.testing.assert_close(other.grad, one.grad, msg=name, rtol=1e-7, atol=1e-9)
         for optimizer in optimizers:
             optimizer.step()
-    for (name, one), other in zip(
-        reference.state_dict().items(), sparse.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(other, one, msg=name)
+    torch.testing.assert_close(sparse.state_dict(), reference.state_dict())
 
 
 @given(
@@ -198,55 +185,30 @@ def test_bias_level_and_weights_by_hand(implementation: str) -> None:
     )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sparse"])
-@pytest.mark.parametrize("use_sparsity_loss", ["step", "tanh", "quadratic"])
-def test_one_level_of_jumprelu_equals_saelens(implementation: str, use_sparsity_loss: Any) -> None:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {
-        **ARCHITECTURES["matryoshka_jumprelu"],
-        "d_in": D_IN,
-        "d_sae": D_SAE,
-        "dtype": "float64",
-        "jumprelu_sparsity_loss_mode": use_sparsity_loss,
-        "jumprelu_ste_to_input": True,
-        "pre_act_loss_coefficient": 0.1,
-        "target_l0": 2.0,
-    }
-    peer = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**options))
-    ours = MatryoshkaJumpReLUTrainingSAE(
-        MatryoshkaJumpReLUTrainingSAEConfig(
-            **options, matryoshka_widths=[D_SAE], implementation=implementation
-        )
-    )
-    _assert_steps_agree(peer, ours)
+JUMPRELU = {"jumprelu_ste_to_input": True, "pre_act_loss_coefficient": 0.1, "target_l0": 2.0}
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])
-@pytest.mark.parametrize("rescale_acts_by_decoder_norm", [False, True])
-def test_one_level_of_topk_equals_saelens(
-    implementation: str, rescale_acts_by_decoder_norm: bool
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("jumprelu", {**JUMPRELU, "jumprelu_sparsity_loss_mode": "step"}),
+        ("jumprelu", {**JUMPRELU, "jumprelu_sparsity_loss_mode": "tanh"}),
+        ("jumprelu", {**JUMPRELU, "jumprelu_sparsity_loss_mode": "quadratic"}),
+        ("topk", {"rescale_acts_by_decoder_norm": False}),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+    ],
+)
+def test_one_level_equals_saelens(
+    architecture: str, options: dict[str, Any], implementation: str
 ) -> None:
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "d_in": D_IN,
-        "d_sae": D_SAE,
-        "k": 3,
-        "dtype": "float64",
-        "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm,
-    }
-    peer = TopKTrainingSAE(TopKTrainingSAEConfig(**options))
-    ours = MatryoshkaTopKTrainingSAE(
-        MatryoshkaTopKTrainingSAEConfig(
-            **options, matryoshka_widths=[D_SAE], implementation=implementation
-        )
-    )
-    _assert_steps_agree(peer, ours)
-
-
-def _assert_steps_agree(peer: TrainingSAE[Any], ours: TrainingSAE[Any]) -> None:
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    options = {**ARCHITECTURES[f"matryoshka_{architecture}"], **options}
+    sae_class, config_class = get_sae_training_class(architecture)
+    peer = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, dtype="float64", **options))
+    one_level = {**options, "matryoshka_widths": [D_SAE]}
+    ours = make(f"matryoshka_{architecture}", implementation, one_level)
+    spread(peer)
     ours.load_state_dict(peer.state_dict())
     optimizers = [torch.optim.SGD(sae.parameters(), lr=0.02) for sae in (peer, ours)]
     for step in range(5):
@@ -259,10 +221,7 @@ def _assert_steps_agree(peer: TrainingSAE[Any], ours: TrainingSAE[Any]) -> None:
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
-    for (name, expected), actual in zip(
-        peer.state_dict().items(), ours.state_dict().values(), strict=True
-    ):
-        assert relative_error(actual, expected) < 1e-12, name
+    assert_near(ours.state_dict(), peer.state_dict(), 1e-12)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sparse"])

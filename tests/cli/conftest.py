@@ -1,0 +1,25 @@
+"""What the commands answer to a mistake."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sae_lens_matryoshka import cli
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one line that the command line answers, behind the traces of a progress bar."""
+
+    def run(*words: str | Path, code: int = 2) -> str:
+        assert cli.main([str(word) for word in words]) == code
+        line = capsys.readouterr().err.rpartition("\r")[2]
+        assert line.startswith("error: ")
+        assert line.endswith("\n")
+        assert line.count("\n") == 1
+        return line
+
+    return run
