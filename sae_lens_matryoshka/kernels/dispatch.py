@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_lens_matryoshka.kernels import layout, selection, sums
 from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.selection import Selection
 from sae_lens_matryoshka.kernels.sums import StopGradient
 from sae_lens_matryoshka.kernels.triton_support import (
     TRITON_DTYPES,
@@ -40,7 +41,8 @@ class Backend(Protocol):
         b_enc: Tensor,
         norms: Tensor | None,
         n_keep: int,
-        floor: float | Tensor | None,
+        last_cut: float | Tensor | None,
+        selection: Selection = "auto",
     ) -> Codes: ...
 
     def lay_out(

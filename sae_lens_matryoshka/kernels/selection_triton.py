@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 
 from sae_lens_matryoshka.kernels.codes import Codes
+from sae_lens_matryoshka.kernels.cut import FLOOR_FRACTION
 from sae_lens_matryoshka.kernels.rounding_triton import rounded
+from sae_lens_matryoshka.kernels.selection import Selection
 
 _SCORES = 1024  # scores of one row that a program reads at once
 _PROGRAMS = 2048  # enough to fill a GPU; a launch that returns at once costs less with fewer
@@ -33,13 +35,15 @@ def select(
     b_enc: torch.Tensor,
     norms: torch.Tensor | None,
     n_keep: int,
-    floor: float | torch.Tensor | None,
+    last_cut: float | torch.Tensor | None,
+    selection: Selection = "auto",
 ) -> Codes:
-    """As `selection.select`, with three differences.
+    """As `selection.select`, with four differences.
 
     Of scores that tie at the cut, those of the lowest rows are kept, and within a row those of the
     lowest latents. There are always `n_keep` codes, the last of them padding if fewer scores are
-    positive. A floor that is no tensor is ignored: to use it, the host would have to wait.
+    positive. A cut that is no tensor on the device is ignored. There is no screen: `selection` says
+    nothing.
     """
     product = x @ W_enc
     (n_rows, n_latents), device = product.shape, x.device
@@ -53,8 +57,9 @@ def select(
 
     matrix = _source(product, b_enc, norms, pre_dtype, score_dtype)
     capacity = min(_CAPACITY * n_keep, product.numel())
-    if isinstance(floor, torch.Tensor):
-        limit = floor.float().clamp(min=0).reshape(1).view(torch.int32)
+    if isinstance(last_cut, torch.Tensor) and last_cut.device == device:
+        floor = FLOOR_FRACTION * last_cut.float()
+        limit = floor.clamp(min=0).reshape(1).view(torch.int32)
     else:
         limit = torch.zeros(1, dtype=torch.int32, device=device)
     wanted = torch.empty(1, dtype=torch.int64, device=device)

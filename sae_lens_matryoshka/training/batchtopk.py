@@ -13,7 +13,6 @@ from typing_extensions import override
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.dispatch import Backend
 from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
-from sae_lens_matryoshka.kernels.selection import FLOOR_FRACTION
 from sae_lens_matryoshka.kernels.transfers import TrueIndices
 from sae_lens_matryoshka.training.base import NestedTrainingSAE, StepPlan
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
@@ -64,7 +63,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
     def __init__(self, cfg: MatryoshkaTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         # speeds up the selection and never changes it, so checkpoints don't need it
-        self._score_floor: float | torch.Tensor | None = None
+        self._last_cut: float | torch.Tensor | None = None
         self._sample = ActivationSample()
         self._monitor = TrainingMonitor(cfg)
 
@@ -170,9 +169,10 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
                 self.b_enc,
                 self._score_norms(),
                 int(self.activation_fn.k * len(x)),  # type: ignore[attr-defined]
-                self._score_floor,
+                self._last_cut,
+                self.cfg.selection,
             )
-        self._score_floor = codes.cut * FLOOR_FRACTION
+        self._last_cut = codes.cut
         return codes
 
     def _reference_forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -15,6 +15,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
 from typing_extensions import override
 
+from sae_lens_matryoshka.kernels.selection import Selection
 from sae_lens_matryoshka.training.diagnosis import check_baseline
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.training.schedules import SparsitySchedule
@@ -44,6 +45,11 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
     (dictionary_learning). If None, from the first step on, starting from 0 (SAELens). The saved
     SAE's threshold is calibrated either way."""
 
+    selection: Selection = "auto"
+    """How the codes are found on a CPU; the set is the same. "product": from all pre-activations.
+    "screen": a product in bfloat16 tells which few to compute, for float32 parameters. "auto" takes
+    the screen where the processor multiplies several times faster in bfloat16."""
+
     baseline_explained_variance: float | None = None
     """Variance explained of a BatchTopK SAE of this width and k, above 0 and at most 1, if known:
     training warns if the SAE ends up far below."""
@@ -60,6 +66,9 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
             self.topk_threshold_start_step = checked_count(
                 "topk_threshold_start_step", self.topk_threshold_start_step, 0
             )
+        if self.selection not in get_args(Selection):
+            accepted = f"one of {', '.join(map(repr, get_args(Selection)))}"
+            raise invalid_option("selection", self.selection, accepted)
         name, baseline = "baseline_explained_variance", self.baseline_explained_variance
         if baseline is not None:
             self.baseline_explained_variance = check_baseline(name, baseline)

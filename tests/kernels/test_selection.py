@@ -1,4 +1,4 @@
-"""The fast selection returns what ranking the dense scores does, whatever floor it is told."""
+"""The fast selection returns what ranking the dense scores does, whatever cut it is told."""
 
 import pytest
 import torch
@@ -40,19 +40,19 @@ def assert_same(actual: Codes, expected: Codes) -> None:
     d_in=st.integers(1, 12),
     d_sae=st.integers(1, 700),
     k=st.floats(0.01, 8),
-    floor_quantile=st.floats(0, 1.2),
+    last_cut=st.floats(0, 1.5),
     kind=st.sampled_from(["plain", "ties", "few positive", "none positive", "huge bias"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     ranks_by_norm=st.booleans(),
 )
 @settings(max_examples=300)
-def test_any_floor_gives_the_full_ranking(
+def test_any_last_cut_gives_the_full_ranking(
     seed: int,
     batch: int,
     d_in: int,
     d_sae: int,
     k: float,
-    floor_quantile: float,
+    last_cut: float,
     kind: str,
     dtype: torch.dtype,
     ranks_by_norm: bool,
@@ -63,7 +63,10 @@ def test_any_floor_gives_the_full_ranking(
     expected = select_full(**inputs, norms=norms, n_keep=n_keep)
     largest = expected.scores.max().item() if len(expected.scores) else 1.0
     assert_same(
-        select(**inputs, norms=norms, n_keep=n_keep, floor=floor_quantile * largest), expected
+        select(
+            **inputs, norms=norms, n_keep=n_keep, last_cut=last_cut * largest, selection="product"
+        ),
+        expected,
     )
 
 
@@ -113,7 +116,7 @@ def test_blocks_cover_every_latent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_MIN_BLOCK_WIDTH", 7)
     inputs = drawn_inputs(5, 10, 8, 50, torch.float64, "plain")
     expected = select_full(**inputs, norms=None, n_keep=60)
-    actual = select(**inputs, norms=None, n_keep=60, floor=0.5 * expected.cut)
+    actual = select(**inputs, norms=None, n_keep=60, last_cut=0.6 * expected.cut)
     assert torch.equal(actual.rows, expected.rows)
     assert torch.equal(actual.latents, expected.latents)
     torch.testing.assert_close(actual.scores, expected.scores)  # a narrower product rounds anew

@@ -88,34 +88,34 @@ KINDS = (
     d_in=st.integers(1, 12),
     d_sae=st.integers(1, 50),
     k=st.floats(0.2, 6),
-    floor_quantile=st.sampled_from([None, 0.0, 0.3, 0.5, 0.99, 2.0]),
+    share_of_largest=st.sampled_from([None, 0.0, 0.4, 0.6, 1.2, 2.5]),
     ranks_by_norm=st.booleans(),
 )
 @settings(max_examples=12)
-def test_any_floor_gives_what_sorting_gives(
+def test_any_last_cut_gives_what_sorting_gives(
     kind: str,
     seed: int,
     batch: int,
     d_in: int,
     d_sae: int,
     k: float,
-    floor_quantile: float | None,
+    share_of_largest: float | None,
     ranks_by_norm: bool,
 ) -> None:
     inputs = drawn(kind, seed=seed, batch=batch, d_in=d_in, d_sae=d_sae)
     norms = torch.rand(d_sae).to(inputs["b_enc"]) + 0.1 if ranks_by_norm else None
     n_keep = int(min(k, d_sae) * batch)
     expected = by_sorting(**inputs, norms=norms, n_keep=n_keep)
-    floor = None
-    if floor_quantile is not None and n_keep:
-        floor = floor_quantile * expected.scores.max().float().nan_to_num(0, 1e30)
-    assert_same(select(**inputs, norms=norms, n_keep=n_keep, floor=floor), expected)
+    last_cut = None
+    if share_of_largest is not None and n_keep:
+        last_cut = share_of_largest * expected.scores.max().float().nan_to_num(0, 1e30)
+    assert_same(select(**inputs, norms=norms, n_keep=n_keep, last_cut=last_cut), expected)
 
 
 def test_nan_comes_before_every_score() -> None:
     inputs = drawn("plain", seed=0, batch=4, d_in=6, d_sae=40)
     inputs["x"][2] = math.nan
-    codes = select(**inputs, norms=None, n_keep=12, floor=torch.tensor(0.5, device=DEVICE))
+    codes = select(**inputs, norms=None, n_keep=12, last_cut=torch.tensor(0.6, device=DEVICE))
     assert codes.rows.tolist() == [2] * 12
     assert codes.latents.tolist() == list(range(12))
     assert codes.scores.isnan().all()
@@ -128,7 +128,7 @@ def test_half_precision_products_are_rounded_as_dense_code_rounds_them() -> None
     norms = torch.rand(48, device=DEVICE) + 0.5
     with torch.autocast(DEVICE, torch.bfloat16):
         expected = by_sorting(**inputs, norms=norms, n_keep=30)
-        actual = select(**inputs, norms=norms, n_keep=30, floor=None)
+        actual = select(**inputs, norms=norms, n_keep=30, last_cut=None)
     assert expected.scores.dtype == torch.float32
     assert_same(actual, expected)
 
@@ -136,12 +136,12 @@ def test_half_precision_products_are_rounded_as_dense_code_rounds_them() -> None
 @pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA tells what waits for it")
 def test_waits_for_nothing() -> None:
     inputs = drawn("plain", seed=0, batch=64, d_in=16, d_sae=512)
-    floor = None
+    last_cut = None
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            floor = 0.8 * select(**inputs, norms=None, n_keep=256, floor=floor).cut
+            last_cut = select(**inputs, norms=None, n_keep=256, last_cut=last_cut).cut
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -150,7 +150,7 @@ def test_waits_for_nothing() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ties_fall_as_saelens_lets_them_fall(kind: str) -> None:
     inputs = drawn(kind, seed=1, batch=256, d_in=16, d_sae=2048)
-    codes = select(**inputs, norms=None, n_keep=4096, floor=None)
+    codes = select(**inputs, norms=None, n_keep=4096, last_cut=None)
     scores = (inputs["x"] @ inputs["W_enc"] + inputs["b_enc"]).relu().flatten()
     top = scores.topk(4096)
     expected = torch.zeros_like(scores).scatter_(0, top.indices, top.values)
