@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
+from sae_lens_matryoshka.runs.fused_adam import fused_adam
 from sae_lens_matryoshka.runs.interruption import (
     InterruptibleFit,
     Trainer,
@@ -41,6 +42,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     completed step, and propagates. A checkpoint appears under its name once it is complete, and
     only if it is finite. Resuming restores weights, moments, threshold and counters; the activation
     store continues after the texts it has read, so the activations it still held are skipped.
+    Adam is fused; see `fused_adam`.
 
     Args:
         cfg: Config of the run. All arguments are those of SAELens' runner.
@@ -62,7 +64,8 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         # `InterruptibleFit` replaces these until the trained SAE is saved.
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return super().run()
+            with fused_adam():
+                return super().run()
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import LoggingConfig
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
@@ -46,7 +46,12 @@ def make_runner(
 ) -> Callable[..., MatryoshkaTrainingRunner]:
     """Runs of 12 steps; each batch is one pass of the model, so none waits in a buffer."""
 
-    def make(*, normalize_activations: str = "none", **options: Any) -> MatryoshkaTrainingRunner:
+    def make(
+        *,
+        normalize_activations: str = "none",
+        runner_class: type[LanguageModelSAETrainingRunner] = MatryoshkaTrainingRunner,
+        **options: Any,
+    ) -> Any:
         torch.manual_seed(1)
         sae = MatryoshkaTrainingSAEConfig(
             d_in=D_MODEL,
@@ -70,7 +75,7 @@ def make_runner(
             "output_path": None,
             **options,
         }
-        return MatryoshkaTrainingRunner(
+        return runner_class(
             runner_config(sae, tmp_path, **settings),
             override_dataset=token_dataset(),
             override_model=model,
@@ -158,6 +163,32 @@ def test_first_signal_finishes_the_step_and_saves_it(make_runner, signum):
     state = torch.load(checkpoint / "trainer_state.pt")
     assert (state["n_training_steps"], state["n_training_samples"]) == (5, 5 * BATCH)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (MatryoshkaTrainingRunner, LanguageModelSAETrainingRunner),
+        (LanguageModelSAETrainingRunner, MatryoshkaTrainingRunner),
+    ],
+)
+def test_checkpoints_resume_in_saelens_runner_and_its_in_ours(
+    make_runner, monkeypatch, first, second
+):
+    """One of them with fused Adam, the other without."""
+    trainers = the_trainer(monkeypatch)
+    whole = make_runner().run()
+    make_runner(runner_class=first, n_checkpoints=1).run()
+    [checkpoint] = [
+        path for path in Path(trainers[-1].cfg.checkpoint_path).iterdir() if path.name != "final"
+    ]
+    resumed = make_runner(runner_class=second, resume_from_checkpoint=str(checkpoint)).run()
+    is_fused = [trainer.optimizer.param_groups[0]["fused"] for trainer in trainers]
+    assert is_fused == [
+        True,
+        *((True, None) if first is MatryoshkaTrainingRunner else (None, True)),
+    ]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize_activations", ["none", "expected_average_only_in"])
