@@ -75,8 +75,13 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def sum_by_latent(
-        self, matrix: Tensor, rows: Tensor, weights: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor]: ...
+        self,
+        matrix: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        layout: Layout,
+        with_totals: bool = True,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class _Eager:

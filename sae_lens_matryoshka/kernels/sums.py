@@ -86,8 +86,12 @@ def level_gradients(
 
 
 def sum_by_latent(
-    matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    layout: Layout,
+    with_totals: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A weight's gradient: Σ_{codes i of latent j} weights_i · matrix[rows_i], and Σ weights_i.
 
     Args:
@@ -95,13 +99,17 @@ def sum_by_latent(
         rows: (n,) int32, the matrix row of each code.
         weights: (n,) in the dtype of the matrix.
         layout: Layout of the codes.
+        with_totals: Whether the second sum is needed; if not, it is None.
 
     Returns:
         (d_sae, d) and (d_sae,), zero where a latent has no code.
     """
     weights, starts = weights[layout.by_latent], layout.latent_starts
-    total = _sum_bags(weights.new_ones(1, 1), torch.zeros_like(rows), starts, weights)
-    return _sum_bags(matrix, rows[layout.by_latent], starts, weights), total.squeeze(-1)
+    totals = None
+    if with_totals:
+        ones, first = weights.new_ones(1, 1), torch.zeros_like(rows)
+        totals = _sum_bags(ones, first, starts, weights).squeeze(-1)
+    return _sum_bags(matrix, rows[layout.by_latent], starts, weights), totals
 
 
 def _sum_bags(

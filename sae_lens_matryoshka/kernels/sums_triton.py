@@ -107,8 +107,12 @@ def level_gradients(
 
 
 def sum_by_latent(
-    matrix: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    layout: Layout,
+    with_totals: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `sums.sum_by_latent`: one program for each latent and block of columns."""
     d, d_sae = matrix.shape[1], len(layout.latent_starts) - 1
     width, n_codes = _tile(d)
@@ -128,7 +132,7 @@ def sum_by_latent(
         width,
         n_codes,
     )
-    return sums, totals
+    return sums, totals if with_totals else None
 
 
 def _tile(d: int) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from sae_lens_matryoshka.training.objective import (
     EncodeKept,
     LevelLosses,
     auxiliary_loss,
+    sparse_auxiliary_loss,
 )
 from sae_lens_matryoshka.training.thresholds import (
     ActivationSample,
@@ -39,8 +42,9 @@ class _Forward(NamedTuple):
     scores: torch.Tensor  # (n,) of the codes, 0 for padding
     latents: torch.Tensor  # (n,) of the codes
     dead: torch.Tensor  # (D,) dead latents in level order
-    dead_pre_acts: torch.Tensor  # (B, D)
     dead_decoder_rows: torch.Tensor  # (D, d_in)
+    # of a residual, the part of the dead latents, and the norms of their decoder rows
+    dead_loss: Callable[[torch.Tensor, slice | EllipsisType, torch.Tensor | None], torch.Tensor]
 
 
 class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
@@ -154,8 +158,16 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             scores=codes.scores,
             latents=codes.latents,
             dead=dead_latents,
-            dead_pre_acts=x @ dead_rows.T + dead_biases,
             dead_decoder_rows=dead_decoder_rows,
+            dead_loss=lambda residual, part, norms: sparse_auxiliary_loss(
+                residual,
+                x,
+                dead_rows[part],
+                dead_biases[part],
+                norms,
+                dead_decoder_rows[part],
+                backend,
+            ),
         )
 
     def _select(self, x: Float[torch.Tensor, "batch d_in"], backend: Backend) -> Codes:
@@ -185,6 +197,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             acts, pre_acts = feature_acts / norms, hidden_pre / norms
         rows, latents = feature_acts.detach().nonzero(as_tuple=True)
         dead_latents = _in_level_order(dead, plan)
+        dead_pre_acts, dead_rows = pre_acts[:, dead_latents], self.W_dec[dead_latents]
         return _Forward(
             levels=self.reference_levels(acts, sae_in, plan),
             feature_acts=feature_acts,
@@ -192,8 +205,10 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             scores=feature_acts.detach()[rows, latents],
             latents=latents,
             dead=dead_latents,
-            dead_pre_acts=pre_acts[:, dead_latents],
-            dead_decoder_rows=self.W_dec[dead_latents],
+            dead_decoder_rows=dead_rows,
+            dead_loss=lambda residual, part, norms: auxiliary_loss(
+                residual, dead_pre_acts[:, part], norms, dead_rows[part]
+            ),
         )
 
     def _score_norms(self) -> Float[torch.Tensor, " d_sae"] | None:
@@ -215,12 +230,10 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         groups = itertools.pairwise([0, *ends])
         for residual, (start, end) in zip(forward.levels.residuals, groups, strict=True):
             if start < end:
-                loss = loss + auxiliary_loss(
-                    residual,
-                    forward.dead_pre_acts[:, start:end],
-                    None if norms is None else norms[start:end],
-                    forward.dead_decoder_rows[start:end],
-                )
+                # `...` for all of them: the gradient of a slice would be copied
+                part = slice(start, end) if self.cfg.use_matryoshka_aux_loss else ...
+                part_norms = None if norms is None else norms[part]
+                loss = loss + forward.dead_loss(residual, part, part_norms)
         return self.cfg.aux_loss_coefficient * loss
 
     def _update_statistics(

@@ -26,9 +26,15 @@ import torch
 from jaxtyping import Float
 
 from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.cut import top_of_rows
 from sae_lens_matryoshka.kernels.dispatch import Backend
 from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
 from sae_lens_matryoshka.kernels.sums import StopGradient
+
+# Dead latents, as a multiple of those that take part, from which sums over codes cost less.
+_SPARSE_FROM = 4
+# Of the dead latents' pre-activations at once: on a CPU as many as its caches hold.
+_CHUNK_ELEMENTS = (2**21, 2**27)
 
 
 class LevelLosses(NamedTuple):
@@ -165,11 +171,85 @@ class DecodeNested(torch.autograd.Function):
             )
         with name_tensor_on_oom("the gradient of W_dec", W_dec.shape, W_dec.dtype):
             grad_W_dec, _ = ctx.backend.sum_by_latent(
-                mixed, layout.bags, acts.to(W_dec.dtype), layout
+                mixed, layout.bags, acts.to(W_dec.dtype), layout, with_totals=False
             )
         if grad_dead_rows is not None:
             grad_W_dec.index_add_(0, dead, grad_dead_rows)
         return (grad_acts.to(acts.dtype), grad_W_dec, grad_b_dec, *[None] * 6)
+
+
+class SparseAuxiliaryError(torch.autograd.Function):
+    """What dead latents leave of the residual, from the codes that take part.
+
+    `apply` returns the mean squared error of `auxiliary_loss`: one level whose target is minus the
+    residual. The gradient reaches the rows and biases.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: torch.Tensor,  # (B, d_in)
+        x: torch.Tensor,  # (B, d_in) encoder input
+        encoder_rows: torch.Tensor,  # (D, d_in)
+        biases: torch.Tensor,  # (D,)
+        norms: torch.Tensor | None,  # (D,)
+        decoder_rows: torch.Tensor,  # (D, d_in)
+        k_aux: int,
+        backend: Backend,
+    ) -> torch.Tensor:
+        batch_size, n_dead = len(x), len(biases)
+        parts = []
+        for chunk in x.split(max(1, _CHUNK_ELEMENTS[x.device.type != "cpu"] // n_dead)):
+            with name_tensor_on_oom("dead pre-activations", (len(chunk), n_dead), x.dtype):
+                pre_acts = chunk @ encoder_rows.T + biases
+            top = top_of_rows(pre_acts if norms is None else pre_acts * norms, k_aux)
+            parts.append((top, pre_acts.gather(1, top)))
+        latents, acts = (torch.cat(tensors).flatten() for tensors in zip(*parts, strict=True))
+        rows = torch.arange(batch_size, device=x.device).repeat_interleave(k_aux)
+        codes = Codes(rows, latents, acts, acts, cut=0.0)
+        level_of_latent = torch.zeros(n_dead, dtype=torch.int32, device=x.device)
+        codes, layout = backend.lay_out(codes, batch_size, level_of_latent, 1, is_sorted=True)
+        errors, losses, _ = backend.level_residuals(
+            acts, decoder_rows, torch.zeros_like(residual[0]), -residual, layout, 1
+        )
+        ctx.save_for_backward(x, acts, errors, decoder_rows, *layout)
+        ctx.backend = backend
+        return losses[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, acts, errors, decoder_rows, *layout = ctx.saved_tensors
+        layout, backend = Layout(*layout), ctx.backend
+        scales = grads[0].reshape(1) * (2 / len(x))
+        mixed, grad_acts, _ = backend.level_gradients(
+            errors, scales, None, "none", decoder_rows, layout
+        )
+        dtype = decoder_rows.dtype
+        grad_decoder_rows, _ = backend.sum_by_latent(
+            mixed, layout.bags, acts.to(dtype), layout, with_totals=False
+        )
+        grad_encoder_rows, grad_biases = backend.sum_by_latent(
+            x, layout.bags, grad_acts.to(dtype), layout
+        )
+        return None, None, grad_encoder_rows, grad_biases, None, grad_decoder_rows, None, None
+
+
+def sparse_auxiliary_loss(
+    residual: Float[torch.Tensor, "batch d_in"],
+    x: Float[torch.Tensor, "batch d_in"],
+    encoder_rows: Float[torch.Tensor, "dead d_in"],
+    biases: Float[torch.Tensor, " dead"],
+    norms: Float[torch.Tensor, " dead"] | None,
+    decoder_rows: Float[torch.Tensor, "dead d_in"],
+    backend: Backend,
+) -> Float[torch.Tensor, ""]:
+    """As `auxiliary_loss`, as sums over codes where many more latents are dead than take part."""
+    k_aux = x.shape[1] // 2
+    if len(biases) <= _SPARSE_FROM * k_aux:
+        return auxiliary_loss(residual, x @ encoder_rows.T + biases, norms, decoder_rows)
+    return SparseAuxiliaryError.apply(  # type: ignore[return-value]
+        residual, x, encoder_rows, biases, norms, decoder_rows, k_aux, backend
+    )
 
 
 def auxiliary_loss(

@@ -5,12 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lens_matryoshka.kernels.codes import Codes, Layout
+from sae_lens_matryoshka.kernels.dispatch import EAGER
 from sae_lens_matryoshka.kernels.layout import lay_out
 from sae_lens_matryoshka.kernels.sums import sum_by_latent
+from sae_lens_matryoshka.training import objective
 from sae_lens_matryoshka.training.objective import (
     auxiliary_loss,
     reference_losses,
     reference_reconstructions,
+    sparse_auxiliary_loss,
 )
 from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.training.sparse_objective import decode_nested, encode_kept
@@ -186,3 +189,29 @@ def test_auxiliary_loss_by_hand() -> None:
     assert auxiliary_loss(residual, pre_acts, torch.tensor([1, 1, 8.0]), rows).item() == 4.0625
     # one dead latent of k_aux = 2 weighs half
     assert auxiliary_loss(residual, pre_acts[:, :1], None, rows[:1]).item() == 0.5 * 4
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    batch_size=st.integers(1, 9),
+    d_in=st.integers(2, 9),
+    n_more=st.integers(1, 40),
+    ranks_by_norm=st.booleans(),
+)
+def test_sparse_auxiliary_loss_is_the_dense_one(
+    seed: int, batch_size: int, d_in: int, n_more: int, ranks_by_norm: bool
+) -> None:
+    torch.manual_seed(seed)
+    n_dead = objective._SPARSE_FROM * (d_in // 2) + n_more
+    residual, x = torch.randn(2, batch_size, d_in, dtype=torch.float64)
+    encoder_rows, decoder_rows = torch.randn(2, n_dead, d_in, dtype=torch.float64)
+    biases = torch.randn(n_dead, dtype=torch.float64)
+    parameters = [p.requires_grad_() for p in (encoder_rows, biases, decoder_rows)]
+    norms = torch.rand(n_dead, dtype=torch.float64) + 0.1 if ranks_by_norm else None
+    losses = (
+        auxiliary_loss(residual, x @ encoder_rows.T + biases, norms, decoder_rows),
+        sparse_auxiliary_loss(residual, x, encoder_rows, biases, norms, decoder_rows, EAGER),
+    )
+    torch.testing.assert_close(losses[1], losses[0])
+    expected, actual = (torch.autograd.grad(3 * loss, parameters) for loss in losses)
+    torch.testing.assert_close(actual, expected)
