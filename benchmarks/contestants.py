@@ -3,7 +3,8 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -20,15 +21,20 @@ from sae_lens.util import str_to_dtype
 from typing_extensions import override
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.kernels.triton_support import why_no_triton
+from sae_lens_matryoshka.runs.fused_adam import fused_adam
 from sae_lens_matryoshka.training.monitoring import FIRST_CHECK, OBSERVED_EVERY
 from sae_lens_matryoshka.training.options import Implementation
 
 ONE_LEVEL = ", one level"
 OURS, OURS_FLAT, REFERENCE = "ours", f"ours{ONE_LEVEL}", "ours, reference"
 SAELENS, SAELENS_FLAT = "SAELens matryoshka_batchtopk", "SAELens batchtopk"
+FUSED = ", fused Adam"
+SAELENS_FUSED = SAELENS + FUSED
 PEER = "dictionary_learning matryoshka"
-ENCODE = "encode product alone"
+ENCODE, SELECTION = "encode product alone", "our selection alone"
+DEAD_SHARES = (0.1, 0.5, 0.9)
 VARIANTS: dict[str, dict[str, Any]] = {
     "level_weights=0.5": {"level_weights": 0.5},
     'stop_gradient="inner"': {"stop_gradient": "inner"},
@@ -89,10 +95,13 @@ class Contestant(ABC):
 
 
 class InSAELens(Contestant):
-    """An SAE in SAELens' trainer."""
+    """An SAE in SAELens' trainer, ours with the fused Adam of `MatryoshkaTrainingRunner`."""
 
     def __init__(self, name: str, setup: Setup):
         super().__init__(setup)
+        is_fused = name.startswith(OURS) or name.endswith(FUSED)
+        self._optimizer_context = fused_adam if is_fused else nullcontext
+        name = name.removesuffix(FUSED)
         shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
         sae_cfg = sae_config(name, setup.widths, **shape)
         self.sae = SAE_TRAINING_CLASS_REGISTRY[sae_cfg.architecture()][0](sae_cfg)
@@ -130,7 +139,8 @@ class InSAELens(Contestant):
         # as in `SAETrainer.fit`, with a fixed set of dead latents
         self.trainer.n_forward_passes_since_fired[self.dead] = 10**7
         self.trainer.maybe_reset_sparsity()
-        self.trainer.step(self._next_batch())
+        with self._optimizer_context():
+            self.trainer.step(self._next_batch())
         self.trainer.n_training_steps += 1
 
     def monitored_step(self) -> None:
@@ -176,7 +186,18 @@ class InDictionaryLearning(Contestant):
 
 
 def make_contestant(name: str, setup: Setup) -> Contestant:
-    return InDictionaryLearning(setup) if name == PEER else InSAELens(name, setup)
+    if name == PEER:
+        return InDictionaryLearning(setup)
+    for share in DEAD_SHARES:
+        if name.endswith(ending := dead_ending(share)):
+            name = name.removesuffix(ending)
+            setup = replace(setup, n_dead=int(share * setup.d_sae))
+    return InSAELens(name, setup)
+
+
+def dead_ending(share: float) -> str:
+    """The end of a contestant's name, of which a share of the latents is dead."""
+    return f", {share:.0%} dead"
 
 
 def _batches(setup: Setup) -> list[torch.Tensor]:
@@ -214,6 +235,24 @@ def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
             return batch @ encoder
 
     return run
+
+
+def selection(setup: Setup) -> Callable[[], object]:
+    """Our selection of codes by itself, with the cut of the last batch known."""
+    x = _batches(setup)[0]
+    sae_cfg = sae_config(
+        OURS,
+        setup.widths,
+        **{name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")},
+    )
+    sae = SAE_TRAINING_CLASS_REGISTRY[sae_cfg.architecture()][0](sae_cfg)
+    backend = backend_for("auto", x.device, x.dtype)
+    assert backend is not None
+    W_enc, b_enc = sae.W_enc.data, sae.b_enc.data
+    norms = torch.linalg.vector_norm(sae.W_dec.data, dim=-1)
+    inputs = (x, W_enc, b_enc, norms, int(setup.k * len(x)))
+    cut = backend.select(*inputs, None).cut
+    return lambda: backend.select(*inputs, cut)
 
 
 def our_implementations(device: str) -> list[str]:

@@ -7,7 +7,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from contestants import ENCODE, OURS, Contestant, Setup, encode_product, make_contestant
+from contestants import (
+    ENCODE,
+    OURS,
+    SELECTION,
+    Contestant,
+    Setup,
+    encode_product,
+    make_contestant,
+    selection,
+)
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.training.monitoring import OBSERVED_EVERY
@@ -68,13 +77,15 @@ def measure_times(
 def time_steps(
     contestants: Mapping[str, Contestant], setup: Setup, rounds: int, title: str = "Rounds"
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds of forward-backward and full step of each contestant, and of the encode product.
+    """Seconds of forward-backward and full step of each contestant, of the encode product and of
+    our selection.
 
     The first of our SAEs also has `monitor`; see `monitor_cost`.
     """
     turns = turns_of(contestants)
     with memory_for(ENCODE):
         turns[ENCODE, "forward_backward"] = encode_product(setup)
+        turns[SELECTION, "forward_backward"] = selection(setup)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for (name, kind), values in measure_times(turns, rounds, setup.device, title).items():
         results.setdefault(name, {})[kind] = spread(values)

@@ -29,6 +29,7 @@ import presets
 import records
 import torch
 from contestants import (
+    DEAD_SHARES,
     ENCODE,
     OURS,
     OURS_FLAT,
@@ -36,8 +37,11 @@ from contestants import (
     REFERENCE,
     SAELENS,
     SAELENS_FLAT,
+    SAELENS_FUSED,
+    SELECTION,
     VARIANTS,
     Setup,
+    dead_ending,
     has_peer,
     make_contestant,
 )
@@ -100,8 +104,11 @@ def main() -> None:
 
 
 def run_table(options: Options) -> None:
-    peers = [SAELENS, SAELENS_FLAT, *([PEER] if has_peer() else [])]
-    names = [OURS, *VARIANTS] if options.variants else [OURS, OURS_FLAT, REFERENCE, *peers]
+    peers = [SAELENS, SAELENS_FUSED, SAELENS_FLAT, *([PEER] if has_peer() else [])]
+    dead = [OURS + dead_ending(share) for share in DEAD_SHARES] if options.n_dead == 0 else []
+    names = [OURS, OURS_FLAT, *dead, REFERENCE, *peers]
+    if options.variants:
+        names = [OURS, *VARIANTS]
     setup = setup_of(options)
     results = time_steps(build(names, setup), setup, options.n_rounds)
     for name in tqdm(names, desc="Memory", disable=None):
@@ -125,9 +132,14 @@ def _ratios(results: dict[str, dict[str, dict[str, float]]]) -> str:
     ratios = {
         "forward-backward, SAELens / ours": part[SAELENS] / part[OURS],
         "full step, SAELens / ours": step[SAELENS] / step[OURS],
+        "full step, SAELens with fused Adam / ours": step[SAELENS_FUSED] / step[OURS],
+        "selection / encode product": part[SELECTION] / part[ENCODE],
         "forward-backward, ours / encode product": part[OURS] / part[ENCODE],
         "forward-backward, five levels / one level": part[OURS] / part[OURS_FLAT],
     }
+    for name in step:
+        if name.startswith(OURS) and name.endswith("dead"):
+            ratios[f"full step, {name} / none"] = step[name] / step[OURS]
     return "\n".join(f"- {name}: {value:.2f}" for name, value in ratios.items())
 
 
