@@ -20,7 +20,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import str_to_dtype
 from typing_extensions import override
 
-from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.kernels.triton_support import why_no_triton
 from sae_lens_matryoshka.runs.fused_adam import fused_adam
@@ -205,7 +205,7 @@ def _batches(setup: Setup) -> list[torch.Tensor]:
     n_features = 4 * setup.d_in
     directions = torch.randn(n_features, setup.d_in, device=setup.device) / setup.d_in**0.5
     batches = []
-    for _ in range(4):
+    for _ in range(5):  # odd, so that both kinds of turn get to each
         shape = (setup.batch_size, n_features)
         active = torch.rand(shape, device=setup.device) < 20 / n_features
         strengths = torch.rand(shape, device=setup.device) + 0.5
@@ -240,19 +240,22 @@ def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
 def selection(setup: Setup) -> Callable[[], object]:
     """Our selection of codes by itself, with the cut of the last batch known."""
     x = _batches(setup)[0]
-    sae_cfg = sae_config(
-        OURS,
-        setup.widths,
-        **{name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")},
+    shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
+    sae = MatryoshkaTrainingSAE(
+        MatryoshkaTrainingSAEConfig(**shape, matryoshka_widths=setup.widths)
     )
-    sae = SAE_TRAINING_CLASS_REGISTRY[sae_cfg.architecture()][0](sae_cfg)
     backend = backend_for("auto", x.device, x.dtype)
     assert backend is not None
-    W_enc, b_enc = sae.W_enc.data, sae.b_enc.data
-    norms = torch.linalg.vector_norm(sae.W_dec.data, dim=-1)
-    inputs = (x, W_enc, b_enc, norms, int(setup.k * len(x)))
-    cut = backend.select(*inputs, None).cut
-    return lambda: backend.select(*inputs, cut)
+    norms = sae.W_dec.data.norm(dim=-1)
+    inputs = (x, sae.W_enc.data, sae.b_enc.data, norms, int(setup.k * len(x)))
+    cut = None
+
+    def run() -> None:
+        nonlocal cut
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=setup.autocast):
+            cut = backend.select(*inputs, cut).cut
+
+    return run
 
 
 def our_implementations(device: str) -> list[str]:

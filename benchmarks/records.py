@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import platform
 import subprocess
 import warnings
@@ -18,6 +19,8 @@ from sae_lens_matryoshka.training.monitoring import OBSERVED_EVERY
 from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # of PyTorch; `sae-matryoshka train` sets it
+
 
 def start(script: str, options: Any, device: str, conditions: dict[str, Any]) -> dict[str, Any]:
     """A record with the command line that repeats a run, from its options, and its conditions."""
@@ -26,8 +29,9 @@ def start(script: str, options: Any, device: str, conditions: dict[str, Any]) ->
         for f in fields(options)
         if (value := getattr(options, f.name)) != f.default and f.name != "out"
     ]
+    huge_pages = [f"{_HUGE_PAGES}=1"] if os.environ.get(_HUGE_PAGES) == "1" else []
     return {
-        "command": " ".join([f"python benchmarks/{script}", *flags]),
+        "command": " ".join([*huge_pages, f"python benchmarks/{script}", *flags]),
         "conditions": {**conditions, **_machine(device)},
     }
 

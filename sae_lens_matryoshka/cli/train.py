@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import traceback
@@ -66,6 +67,9 @@ def _flags(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
+    # PyTorch asks Linux for huge pages: each step allocates its gradients anew, and 4 KB at a time
+    # that took a quarter of a step
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from sae_lens_matryoshka.runs.interruption import TrainingInterrupted

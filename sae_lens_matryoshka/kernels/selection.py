@@ -18,7 +18,7 @@ from sae_lens_matryoshka.kernels.screen import pays_off, select_screened
 Selection = Literal["auto", "screen", "product"]
 
 # Of a screen's first and second try: another one costs a fraction of a full ranking.
-_SCREEN_FLOOR_FRACTIONS = (0.85, 0.6)
+_SCREEN_FLOOR_FRACTIONS = (0.85, 0.7)
 _MIN_SCREENED_WEIGHTS = 2**19  # for fewer, what the screen adds costs what it saves
 
 # More candidates than this many times `n_keep` cost as much as a full ranking, and more memory.

@@ -18,6 +18,7 @@ from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
 from sae_lens_matryoshka.kernels.transfers import TrueIndices
 from sae_lens_matryoshka.training.base import NestedTrainingSAE, StepPlan
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.training.feature_acts import FeatureActs
 from sae_lens_matryoshka.training.monitoring import TrainingMonitor
 from sae_lens_matryoshka.training.objective import (
     DecodeNested,
@@ -144,13 +145,8 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             self.cfg.stop_gradient,
             backend,
         )
-        feature_acts = torch.sparse_coo_tensor(
-            torch.stack([codes.rows, codes.latents]),
-            codes.scores,
-            (len(sae_in), self.cfg.d_sae),
-            is_coalesced=plan.rank is None and codes.n_valid is None,
-            check_invariants=False,
-        )
+        is_sorted = plan.rank is None and codes.n_valid is None
+        feature_acts = FeatureActs.of(codes, layout, len(sae_in), is_sorted)
         return _Forward(
             levels=LevelLosses(*levels),
             feature_acts=feature_acts,

@@ -23,3 +23,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
         return line
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` sets this for its process, which here is that of all tests."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")

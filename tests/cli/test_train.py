@@ -1,5 +1,6 @@
 """The command line: what it builds, and how it refuses, in one line and before a model loads."""
 
+import os
 import shlex
 import signal
 import sys
@@ -63,8 +64,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", pytest.fail)
 
 
-def test_train_takes_the_config(started, config):
+def test_train_takes_the_config(started, config, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     assert cli.main(["train", str(config)]) == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     (cfg,) = started
     assert cfg.lr == 3e-4
     assert cfg.training_tokens == 1_000_000

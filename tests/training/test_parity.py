@@ -5,6 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sae_lens_matryoshka.kernels.selection import Selection
 from tests.steps import assert_near, dense, outcome, relative_error, run_step, twins
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
@@ -33,8 +34,16 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sparse"])
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "selection"),
+    [
+        ("reference", "float64", "auto"),
+        ("reference", "float32", "auto"),
+        ("sparse", "float64", "product"),
+        ("sparse", "float32", "product"),
+        ("sparse", "float32", "screen"),
+    ],
+)
 @given(case=cases())
 @settings(max_examples=60)
 @example(
@@ -45,9 +54,12 @@ def cases(draw: st.DrawFn) -> dict:
         "seed": 0,
     }
 )
-def test_step_equals_saelens(case: dict, dtype: str, implementation: str) -> None:
+def test_step_equals_saelens(
+    case: dict, implementation: str, dtype: str, selection: Selection
+) -> None:
     torch.manual_seed(case["seed"])
     peer, ours = twins(implementation, dtype=dtype, **case["options"])
+    ours.cfg.selection = selection
     optimizers = [torch.optim.Adam(sae.parameters(), lr=3e-3) for sae in (peer, ours)]
     tolerance = TOLERANCE[dtype]
     for step in range(4):
