@@ -54,6 +54,8 @@ def select(
     way, fractions = select_above, (FLOOR_FRACTION,)
     if _is_screened(x, W_enc, selection):
         way, fractions = select_screened, _SCREEN_FLOOR_FRACTIONS
+    if isinstance(last_cut, torch.Tensor):  # the SAE may have moved since
+        last_cut = last_cut.to(x.device)
     # 16-bit scores tie at the cut in nearly every batch, and ties need the full ranking
     if last_cut is not None and n_keep > 0 and b_enc.dtype.itemsize > 2:
         for fraction in fractions:
