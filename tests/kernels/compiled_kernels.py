@@ -82,7 +82,8 @@ def launches(
     for stop_gradient in ("none", "all", "inner"):
         for grad_out in (None, sae_out):
             sums_triton.level_gradients(residuals, losses, grad_out, stop_gradient, W_dec, layout)
-    sums_triton.sum_by_latent(x, layout.bags, values.to(dtype), layout)
+    for with_totals in (False, True):
+        sums_triton.sum_by_latent(x, layout.bags, values.to(dtype), layout, with_totals)
     return recorded
 
 

@@ -21,6 +21,7 @@ KERNELS = {
     "_residuals",
     "_sort_rows",
     "_sum_by_latent",
+    "_sum_chunk",
 }
 
 
