@@ -8,13 +8,15 @@ import sys
 import pytest
 
 KERNELS = {
+    "_collect",
+    "_collect_again",
     "_count",
     "_dot",
     "_find_digit",
     "_histogram",
     "_judge_floor",
     "_mix",
-    "_pick_candidates",
+    "_order",
     "_pick_codes",
     "_place",
     "_rank",
