@@ -75,7 +75,8 @@ def launches(
     values = torch.rand(n, dtype=torch.float32 if autocast else dtype)
     codes = Codes(torch.arange(n) // 10, latents, values, values, 0.0)
     levels = level_of_latent(tuple(widths), "cpu")
-    _, layout = layout_triton.lay_out(codes, batch_size, levels, len(widths), True)
+    for is_sorted in (False, True):
+        _, layout = layout_triton.lay_out(codes, batch_size, levels, len(widths), is_sorted)
     residuals, losses, sae_out = sums_triton.level_residuals(
         values, W_dec, x[0], x, layout, len(widths)
     )
