@@ -17,7 +17,7 @@ from sae_lens_matryoshka.kernels.codes import Codes, Layout
 
 _CODES = 128  # codes that one program handles
 _CODES_OF_ROW = 512  # codes of a row that are sorted at once: few rows have more
-_RIVALS = 16  # codes of its bin that a code is compared with at once
+_RIVALS = 8  # codes of its bin that a code is compared with at once
 _ROWS_PER_BIN = 1024  # at most this many comparisons for a code of a latent that always fires
 
 

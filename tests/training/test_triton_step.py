@@ -1,6 +1,8 @@
 """Training steps that Triton kernels compute, against SAELens' and against the reference."""
 
 import math
+import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.kernels import rounding_triton, selection_triton, triton_support
+from sae_lens_matryoshka.kernels import selection_triton, triton_support
 from sae_lens_matryoshka.kernels.dispatch import EAGER, backend_for
 from tests.devices import DEVICE
 from tests.steps import dense, outcome, relative_error, run_step, spread, twins
@@ -259,23 +261,30 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "_why_no_launch", lambda: "there is no C compiler")
     with pytest.warns(UserWarning, match="in PyTorch, .* because there is no C compiler"):
         assert backend_for("auto", cuda, torch.float32) is EAGER
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        assert backend_for("auto", cuda, torch.float32) is EAGER
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="because Triton is not installed"):
         assert backend_for("auto", cuda, torch.float32) is EAGER
 
 
-def test_a_first_kernel_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, device=DEVICE))
-    assert triton_support._why_no_launch.__wrapped__() is None
+def test_a_first_selection_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_no_launch = triton_support._why_no_launch.__wrapped__
+    assert why_no_launch(DEVICE) is None
 
-    def fail(number: torch.Tensor) -> torch.Tensor:
+    def fail(*args: Any) -> Any:
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(rounding_triton, "round_one", fail)
-    assert triton_support._why_no_launch.__wrapped__() == (
+    monkeypatch.setattr(selection_triton, "select", fail)
+    assert why_no_launch(DEVICE) == (
         "a first kernel failed (RuntimeError: Failed to find C compiler.)"
     )
+    monkeypatch.setitem(sys.modules, selection_triton.__name__, None)  # its import fails
+    assert why_no_launch(DEVICE).startswith("a first kernel failed (ModuleNotFoundError")
+    monkeypatch.undo()
+    monkeypatch.setattr(selection_triton, "select", lambda *args: EAGER.select(*args[:4], 2, None))
+    assert why_no_launch(DEVICE) == "a first kernel gave a wrong result"
 
 
 def test_config_names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
