@@ -63,9 +63,7 @@ def select(
     capacity = min(_CAPACITY * n_keep, product.numel())
     limit = _floor_key(last_cut, device)
 
-    found_keys = torch.empty(capacity, dtype=torch.int32, device=device)
-    flat_index = torch.empty(capacity, dtype=count_dtype, device=device)
-    candidates = torch.empty(capacity, dtype=pre_dtype, device=device)
+    found = torch.empty(capacity, dtype=count_dtype, device=device)
     n_found = torch.zeros(1, dtype=count_dtype, device=device)
     counts = torch.zeros(2 * matrix["n_blocks"], dtype=count_dtype, device=device)
     starts = torch.empty(matrix["n_blocks"], dtype=count_dtype, device=device)
@@ -76,9 +74,7 @@ def select(
         n_found_ptr=n_found,
         counts_ptr=counts,
         starts_ptr=starts,
-        found_keys_ptr=found_keys,
-        flat_index_ptr=flat_index,
-        candidates_ptr=candidates,
+        found_ptr=found,
         capacity=capacity,
     )
 
@@ -99,21 +95,20 @@ def select(
     _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, n_read_ptr=n_matrix_blocks)
     sums = counts.cumsum(0, dtype=count_dtype)
     keys = torch.zeros(capacity, dtype=torch.int32, device=device)
-    slots = torch.empty(capacity, dtype=torch.int32, device=device)
+    flat_index = torch.empty(capacity, dtype=count_dtype, device=device)
+    candidates = torch.empty(capacity, dtype=pre_dtype, device=device)
     _order[(min(triton.cdiv(capacity, _CANDIDATES), _n_programs(device)),)](
-        found_keys,
-        flat_index,
-        starts,
-        counts,
-        sums,
-        n_found,
-        n_matrix_blocks,
-        keys,
-        slots,
-        n_latents,
-        matrix["blocks_per_row"],
-        _SCORES,
-        _CANDIDATES,
+        **{name: value for name, value in matrix.items() if name != "n_blocks"},
+        found_ptr=found,
+        starts_ptr=starts,
+        counts_ptr=counts,
+        sums_ptr=sums,
+        n_found_ptr=n_found,
+        n_matrix_blocks_ptr=n_matrix_blocks,
+        keys_ptr=keys,
+        flat_index_ptr=flat_index,
+        candidates_ptr=candidates,
+        CANDIDATES=_CANDIDATES,
     )
     _collect_again[grid](
         **matrix,
@@ -123,7 +118,6 @@ def select(
         n_read_ptr=n_matrix_blocks,
         n_keep=n_keep,
         keys_ptr=keys,
-        slots_ptr=slots,
         flat_index_ptr=flat_index,
         candidates_ptr=candidates,
     )
@@ -137,7 +131,6 @@ def select(
     n_valid = torch.empty((), dtype=torch.int64, device=device)
     _pick_codes[grid](
         keys,
-        slots,
         flat_index,
         candidates,
         counts,
@@ -202,11 +195,15 @@ def _n_programs(device: torch.device) -> int:
     """Programs that fill the device; a launch that returns at once costs less with few of them."""
     if device.type == "cpu":
         return 16
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 7 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _grid(matrix: dict[str, Any], device: torch.device) -> tuple[int]:
-    return (min(matrix["n_blocks"], _n_programs(device)),)
+    n_blocks, n_columns = matrix["n_blocks"], matrix["blocks_per_row"]
+    if not matrix["HAS_BIAS"]:
+        return (min(n_blocks, _n_programs(device)),)
+    # a multiple of a row's blocks: a program stays in its columns and loads their biases once
+    return (n_columns * max(1, min(n_blocks // n_columns, _n_programs(device) // n_columns)),)
 
 
 def _find_limit(
@@ -234,10 +231,46 @@ def _find_limit(
 
 
 @triton.jit
+def _of_columns(
+    values_ptr,  # (d_sae,)
+    n_latents,
+    blocks_per_row,
+    EXISTS: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """float32 values of the columns of each block that this program reads, if they exist."""
+    values = tl.zeros((SCORES,), tl.float32)
+    if EXISTS:
+        latents = (tl.program_id(0) % blocks_per_row) * SCORES + tl.arange(0, SCORES)
+        values += tl.load(values_ptr + latents, mask=latents < n_latents, other=0.0)
+    return values
+
+
+@triton.jit
+def _keys_from(
+    products,  # float32
+    biases,  # float32
+    norms,  # float32
+    HAS_BIAS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    PRE: tl.constexpr,
+    SCORE: tl.constexpr,
+):
+    """Keys and pre-activations, rounded as dense code rounds them."""
+    pre_acts = products
+    if HAS_BIAS:
+        pre_acts = rounded(pre_acts + biases, PRE).to(tl.float32)
+    scores = pre_acts
+    if HAS_NORMS:
+        scores = rounded(scores * norms, SCORE).to(tl.float32)
+    return tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF), pre_acts
+
+
+@triton.jit
 def _keys_of(
     product_ptr,  # (B, d_sae) x @ W_enc
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
+    biases,  # (SCORES,) float32, of the block's columns
+    norms,  # (SCORES,) float32
     block,
     n_latents,
     blocks_per_row,
@@ -247,19 +280,12 @@ def _keys_of(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """Keys, flat indices and pre-activations of a block, rounded as dense code rounds them."""
+    """Keys, flat indices and pre-activations of a block."""
     first = (block // blocks_per_row).to(tl.int64) * n_latents
     latents = (block % blocks_per_row) * SCORES + tl.arange(0, SCORES)
     mask = latents < n_latents
-    pre_acts = tl.load(product_ptr + first + latents, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        pre_acts += tl.load(b_enc_ptr + latents, mask=mask, other=0.0).to(tl.float32)
-        pre_acts = rounded(pre_acts, PRE).to(tl.float32)
-    scores = pre_acts
-    if HAS_NORMS:
-        scores *= tl.load(norms_ptr + latents, mask=mask, other=0.0).to(tl.float32)
-        scores = rounded(scores, SCORE).to(tl.float32)
-    keys = tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    products = tl.load(product_ptr + first + latents, mask=mask, other=0.0).to(tl.float32)
+    keys, pre_acts = _keys_from(products, biases, norms, HAS_BIAS, HAS_NORMS, PRE, SCORE)
     return tl.where(mask, keys, 0), first + latents, pre_acts
 
 
@@ -275,9 +301,7 @@ def _collect(
     n_found_ptr,  # (1,) count, added to: scores above the limit
     counts_ptr,  # (2, n_blocks) count, the first half written: scores above the limit
     starts_ptr,  # (n_blocks,) count, written where there are any: the slot of the first of them
-    found_keys_ptr,  # (capacity,) int32, written
-    flat_index_ptr,  # (capacity,) count, written: row * d_sae + latent
-    candidates_ptr,  # (capacity,) pre-activations, written
+    found_ptr,  # (capacity,) count, written: row * d_sae + latent
     capacity,
     HAS_BIAS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
@@ -285,13 +309,15 @@ def _collect(
     SCORE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """Write the scores above the limit, as many as fit, block by block in any order."""
+    """Write where scores are above the limit, as many as fit, block by block in any order."""
     limit = tl.load(limit_ptr)
+    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
+    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
     for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        keys, flat_index, pre_acts = _keys_of(
+        keys, flat_index, _ = _keys_of(
             product_ptr,
-            b_enc_ptr,
-            norms_ptr,
+            biases,
+            norms,
             block,
             n_latents,
             blocks_per_row,
@@ -309,9 +335,7 @@ def _collect(
             tl.store(starts_ptr + block, start)
             slots = start + tl.cumsum(above, 0) - 1
             mask = (keys > limit) & (slots < capacity)
-            tl.store(found_keys_ptr + slots, keys, mask=mask)
-            tl.store(flat_index_ptr + slots, flat_index.to(n.dtype), mask=mask)
-            tl.store(candidates_ptr + slots, pre_acts.to(PRE), mask=mask)
+            tl.store(found_ptr + slots, flat_index.to(n.dtype), mask=mask)
 
 
 @triton.jit
@@ -352,11 +376,13 @@ def _count(
 ):
     """How many scores of each block are above the limit, and how many at it if it is above 0."""
     limit = tl.load(limit_ptr)
+    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
+    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
     for block in range(tl.program_id(0), tl.load(n_read_ptr), tl.num_programs(0)):
         keys, _, _ = _keys_of(
             product_ptr,
-            b_enc_ptr,
-            norms_ptr,
+            biases,
+            norms,
             block,
             n_latents,
             blocks_per_row,
@@ -397,11 +423,13 @@ def _histogram(
     found = tl.load(limit_ptr) >> SHIFT
     values = tl.arange(0, N_VALUES)
     n = tl.zeros((N_VALUES,), tl.int32)
+    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
+    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
     for block in range(tl.program_id(0), n_read, tl.num_programs(0)):
         keys, _, _ = _keys_of(
             product_ptr,
-            b_enc_ptr,
-            norms_ptr,
+            biases,
+            norms,
             block,
             n_latents,
             blocks_per_row,
@@ -454,36 +482,48 @@ def _find_digit(
 
 @triton.jit
 def _order(
-    found_keys_ptr,  # (capacity,) int32, in any order
-    flat_index_ptr,  # (capacity,) count
-    starts_ptr,  # (n_blocks,) count, of each block in `found_keys`
+    product_ptr,  # (B, d_sae)
+    b_enc_ptr,  # (d_sae,)
+    norms_ptr,  # (d_sae,)
+    n_latents,
+    blocks_per_row,
+    found_ptr,  # (capacity,) count: row * d_sae + latent, in any order of the blocks
+    starts_ptr,  # (n_blocks,) count, of each block in `found`
     counts_ptr,  # (2, n_blocks) count
     sums_ptr,  # (2, n_blocks) count, running sums of the counts
     n_found_ptr,  # (1,) count
     n_matrix_blocks_ptr,  # (1,) int32, above 0 if the floor was wrong
     keys_ptr,  # (capacity,) int32, written: by row and latent
-    slots_ptr,  # (capacity,) int32, written: where each key was found
-    n_latents,
-    blocks_per_row,
+    flat_index_ptr,  # (capacity,) count, written: row * d_sae + latent
+    candidates_ptr,  # (capacity,) pre-activations, written
+    HAS_BIAS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    PRE: tl.constexpr,
+    SCORE: tl.constexpr,
     SCORES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """Sort the candidates by row and latent, unless they are to be picked again."""
+    """Write the candidates by row and latent, unless they are to be collected again."""
     if tl.load(n_matrix_blocks_ptr) > 0:
         return
     n_found = tl.load(n_found_ptr).to(tl.int32)
     first, step = tl.program_id(0) * CANDIDATES, tl.num_programs(0) * CANDIDATES
     for start in range(first, n_found, step):
-        found = start + tl.arange(0, CANDIDATES)
-        mask = found < n_found
-        flat_index = tl.load(flat_index_ptr + found, mask=mask, other=0)
+        slots = start + tl.arange(0, CANDIDATES)
+        mask = slots < n_found
+        flat_index = tl.load(found_ptr + slots, mask=mask, other=0)
         row, latent = flat_index // n_latents, flat_index % n_latents
         block = row * blocks_per_row + latent // SCORES
-        rank = found - tl.load(starts_ptr + block, mask=mask, other=0)
-        rank += tl.load(sums_ptr + block, mask=mask, other=0)
-        rank -= tl.load(counts_ptr + block, mask=mask, other=0)
-        tl.store(keys_ptr + rank, tl.load(found_keys_ptr + found, mask=mask), mask=mask)
-        tl.store(slots_ptr + rank, found, mask=mask)
+        ranks = slots - tl.load(starts_ptr + block, mask=mask, other=0)
+        ranks += tl.load(sums_ptr + block, mask=mask, other=0)
+        ranks -= tl.load(counts_ptr + block, mask=mask, other=0)
+        products = tl.load(product_ptr + flat_index, mask=mask, other=0.0).to(tl.float32)
+        biases = tl.load(b_enc_ptr + latent, mask=mask, other=0.0).to(tl.float32)
+        norms = tl.load(norms_ptr + latent, mask=mask, other=0.0).to(tl.float32)
+        keys, pre_acts = _keys_from(products, biases, norms, HAS_BIAS, HAS_NORMS, PRE, SCORE)
+        tl.store(keys_ptr + ranks, keys, mask=mask)
+        tl.store(flat_index_ptr + ranks, flat_index, mask=mask)
+        tl.store(candidates_ptr + ranks, pre_acts.to(PRE), mask=mask)
 
 
 @triton.jit
@@ -527,7 +567,6 @@ def _collect_again(
     n_read_ptr,  # (1,) int32, blocks to read: none if the first floor was right
     n_keep,
     keys_ptr,  # (capacity,) int32, written: by row and latent
-    slots_ptr,  # (capacity,) int32, written: the same place
     flat_index_ptr,  # (capacity,) count, written: row * d_sae + latent
     candidates_ptr,  # (capacity,) pre-activations, written
     HAS_BIAS: tl.constexpr,
@@ -538,12 +577,14 @@ def _collect_again(
 ):
     """Write the `n_keep` largest scores, whose limit is known by now."""
     limit = tl.load(limit_ptr)
+    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
+    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
     for block in range(tl.program_id(0), tl.load(n_read_ptr), tl.num_programs(0)):
         if tl.load(counts_ptr + block) + tl.load(counts_ptr + n_blocks + block) > 0:
             keys, flat_index, pre_acts = _keys_of(
                 product_ptr,
-                b_enc_ptr,
-                norms_ptr,
+                biases,
+                norms,
                 block,
                 n_latents,
                 blocks_per_row,
@@ -555,7 +596,6 @@ def _collect_again(
             )
             picked, ranks = _ranks(keys, block, counts_ptr, sums_ptr, n_blocks, limit, n_keep)
             tl.store(keys_ptr + ranks, keys, mask=picked)
-            tl.store(slots_ptr + ranks, ranks.to(tl.int32), mask=picked)
             flat_index = flat_index.to(flat_index_ptr.dtype.element_ty)
             tl.store(flat_index_ptr + ranks, flat_index, mask=picked)
             tl.store(candidates_ptr + ranks, pre_acts.to(PRE), mask=picked)
@@ -564,7 +604,6 @@ def _collect_again(
 @triton.jit
 def _pick_codes(
     keys_ptr,  # (capacity,) int32, 0 behind the candidates
-    slots_ptr,  # (capacity,) int32, of each candidate in the two buffers that follow
     flat_index_ptr,  # (capacity,) count
     candidates_ptr,  # (capacity,) pre-activations
     counts_ptr,  # (2, n_blocks) count
@@ -595,12 +634,11 @@ def _pick_codes(
         places = block * CANDIDATES + tl.arange(0, CANDIDATES)
         keys = tl.load(keys_ptr + places, mask=places < capacity, other=-1)
         picked, code = _ranks(keys, block, counts_ptr, sums_ptr, n_blocks, cut, n_keep)
-        slots = tl.load(slots_ptr + places, mask=picked, other=0)
-        flat_index = tl.load(flat_index_ptr + slots, mask=picked, other=0)
+        flat_index = tl.load(flat_index_ptr + places, mask=picked, other=0)
         tl.store(rows_ptr + code, flat_index // n_latents, mask=picked)
         tl.store(latents_ptr + code, flat_index % n_latents, mask=picked)
         tl.store(scores_ptr + code, keys.to(tl.float32, bitcast=True).to(SCORE), mask=picked)
-        values = tl.load(candidates_ptr + slots, mask=picked, other=0.0)
+        values = tl.load(candidates_ptr + places, mask=picked, other=0.0)
         tl.store(pre_acts_ptr + code, values, mask=picked)
 
         padding = (places >= n_valid) & (places < n_keep)

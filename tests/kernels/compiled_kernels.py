@@ -3,8 +3,8 @@
 `python -m tests.kernels.compiled_kernels CAPABILITY D_IN D_SAE DTYPE AUTOCAST BATCH_SIZE` prints a
 line of JSON for each kernel: its name, threads of a program, registers of a thread, spilled bytes,
 shared memory in bytes, and the bits of its widest load. With a BATCH_SIZE of 1 there is one level,
-and one code to select: Triton makes constants of integers that are 1. Not under TRITON_INTERPRET,
-with which kernels are no longer compiled.
+and one code to select, counted in 64 bits: Triton makes constants of integers that are 1. Not under
+TRITON_INTERPRET, with which kernels are no longer compiled.
 """
 
 import json
@@ -68,6 +68,7 @@ def launches(
 
     JITFunction.run = record  # type: ignore[method-assign]
     n, n_keep = (128, 1) if batch_size == 1 else (10 * batch_size, 10 * batch_size)
+    selection_triton._INT32_SCORES = 0 if batch_size == 1 else 2**31
     widths = [d_sae] if batch_size == 1 else paper_widths(d_sae)
     x = torch.randn(batch_size, d_in, dtype=dtype)
     W_dec = torch.randn(d_sae, d_in, dtype=dtype)

@@ -66,3 +66,5 @@ def test_compiles(
             for kernel in STREAMING
         }
         assert set(loads.values()) == {128}, loads
+        (collect,) = (record for record in records if record["kernel"] == "_collect")
+        assert 7 * collect["registers"] * collect["threads"] <= 2**16, "see _n_programs"
