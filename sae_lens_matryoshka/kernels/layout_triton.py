@@ -16,7 +16,8 @@ from sae_lens_matryoshka.kernels import layout
 from sae_lens_matryoshka.kernels.codes import Codes, Layout
 
 _CODES = 128  # codes that one program handles
-_RIVALS = 16  # codes of its bin that a code is compared with at once
+_CODES_OF_ROW = 512  # codes of a row that are sorted at once: few rows have more
+_RIVALS = 8  # codes of its bin that a code is compared with at once
 _ROWS_PER_BIN = 1024  # at most this many comparisons for a code of a latent that always fires
 
 
@@ -32,27 +33,48 @@ def lay_out(
     if n == 0:
         return layout.lay_out(codes, batch_size, level_of_latent, n_levels, is_sorted)
     n_valid = codes.n_valid if codes.n_valid is not None else torch.full((), n, device=device)
-    row_starts = torch.searchsorted(codes.rows, torch.arange(batch_size + 1, device=device))
-    row_starts = torch.minimum(row_starts, n_valid)
+    if is_sorted:
+        bags = codes.rows.int() * n_levels + level_of_latent.index_select(0, codes.latents)
+        bag_starts = _starts(bags, batch_size * n_levels, n_valid)
+    else:
+        codes, bags, bag_starts = _sort_by_bag(
+            codes, level_of_latent, batch_size, n_levels, n_valid
+        )
+    latents = codes.latents.int()
+    by_latent, latent_starts = _sort_by_latent(latents, codes.rows, n_valid, batch_size, d_sae)
+    return codes, Layout(latents, bags, bag_starts, by_latent, latent_starts)
+
+
+def _starts(ascending: torch.Tensor, n_values: int, n_valid: torch.Tensor) -> torch.Tensor:
+    """(n_values + 1,) int32 where each of the values 0, 1, … starts, before the padding."""
+    values = torch.arange(n_values + 1, device=ascending.device, dtype=ascending.dtype)
+    return torch.searchsorted(ascending, values, out_int32=True).minimum(n_valid)
+
+
+def _sort_by_bag(
+    codes: Codes,
+    level_of_latent: torch.Tensor,
+    batch_size: int,
+    n_levels: int,
+    n_valid: torch.Tensor,
+) -> tuple[Codes, torch.Tensor, torch.Tensor]:
+    """The codes by row and level, `Layout.bags` and `Layout.bag_starts`."""
+    n, device = len(codes.rows), codes.rows.device
     bags = torch.zeros(n, dtype=torch.int32, device=device)
     permutation = torch.arange(n, dtype=torch.int32, device=device)
     bag_starts = torch.empty(batch_size * n_levels + 1, dtype=torch.int32, device=device)
     _sort_rows[(batch_size,)](
         codes.latents,
         level_of_latent,
-        row_starts,
+        _starts(codes.rows, batch_size, n_valid),
         bags,
         permutation,
         bag_starts,
         batch_size,
         n_levels,
-        _CODES,
+        _CODES_OF_ROW,
     )
-    if not is_sorted:
-        codes = codes.permuted(permutation)
-    latents = codes.latents.int()
-    by_latent, latent_starts = _sort_by_latent(latents, codes.rows, n_valid, batch_size, d_sae)
-    return codes, Layout(latents, bags, bag_starts, by_latent, latent_starts)
+    return codes.permuted(permutation), bags, bag_starts
 
 
 def _sort_by_latent(
@@ -79,7 +101,7 @@ def _sort_by_latent(
 def _sort_rows(
     latents_ptr,  # (n,) int64
     level_of_latent_ptr,  # (d_sae,) int32
-    row_starts_ptr,  # (B + 1,) int64
+    row_starts_ptr,  # (B + 1,) int32
     bags_ptr,  # (n,) int32, written
     permutation_ptr,  # (n,) int32, written
     bag_starts_ptr,  # (B * P + 1,) int32, written
@@ -94,18 +116,18 @@ def _sort_rows(
     next_slot = start
     for level in range(n_levels):
         bag = row * n_levels + level
-        tl.store(bag_starts_ptr + bag, next_slot.to(tl.int32))
+        tl.store(bag_starts_ptr + bag, next_slot)
         for first in range(start, end, CODES):
             codes = first + tl.arange(0, CODES)
             mask = codes < end
             latent = tl.load(latents_ptr + codes, mask=mask, other=0)
             own = mask & (tl.load(level_of_latent_ptr + latent, mask=mask, other=0) == level)
             slots = next_slot + tl.cumsum(own.to(tl.int32), 0) - 1
-            tl.store(permutation_ptr + slots, codes.to(tl.int32), mask=own)
-            tl.store(bags_ptr + slots, tl.zeros_like(codes).to(tl.int32) + bag, mask=own)
+            tl.store(permutation_ptr + slots, codes, mask=own)
+            tl.store(bags_ptr + slots, tl.zeros_like(codes) + bag, mask=own)
             next_slot += tl.sum(own.to(tl.int32), 0)
     if row == batch_size - 1:
-        tl.store(bag_starts_ptr + batch_size * n_levels, end.to(tl.int32))
+        tl.store(bag_starts_ptr + batch_size * n_levels, end)
 
 
 @triton.jit

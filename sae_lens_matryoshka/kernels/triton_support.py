@@ -26,12 +26,19 @@ def why_no_triton() -> str | None:
 
 
 @cache
-def _why_no_launch() -> str | None:
-    """Why a first kernel fails: launching one needs a C compiler, for example."""
-    from sae_lens_matryoshka.kernels.rounding_triton import round_one
+def _why_no_launch(device: str = "cuda") -> str | None:
+    """Why a small selection fails: launching a kernel needs a C compiler, for example.
 
+    Its kernels ask for more of Triton than the others do, so an old Triton shows here.
+    """
+    W_enc = torch.arange(64.0, device=device).view(2, 32)
+    identity, biases = torch.eye(2, device=device), torch.zeros(32, device=device)
     try:
-        rounded = round_one(torch.ones(1, device="cuda"))
+        # importing the kernels needs Triton, which not every machine has
+        from sae_lens_matryoshka.kernels.selection_triton import select
+
+        codes = select(identity, W_enc, biases, None, 3, None)
+        is_right = (codes.rows * 32 + codes.latents).tolist() == [61, 62, 63]
     except Exception as error:
         return f"a first kernel failed ({type(error).__name__}: {error})"
-    return None if rounded.item() == 1 else "a first kernel gave a wrong result"
+    return None if is_right else "a first kernel gave a wrong result"

@@ -1,8 +1,10 @@
 """Compiles every kernel for CUDA as a step launches it, on a machine that needs no GPU.
 
-`python -m tests.kernels.compiled_kernels CAPABILITY D_IN D_SAE DTYPE AUTOCAST` prints a line of
-JSON for each kernel: its name, registers of a thread, spilled bytes, shared memory in bytes. Not
-under TRITON_INTERPRET, with which kernels are no longer compiled.
+`python -m tests.kernels.compiled_kernels CAPABILITY D_IN D_SAE DTYPE AUTOCAST BATCH_SIZE` prints a
+line of JSON for each kernel: its name, threads of a program, registers of a thread, spilled bytes,
+shared memory in bytes, and the bits of its widest load. With a BATCH_SIZE of 1 there is one level,
+and one code to select, counted in 64 bits: Triton makes constants of integers that are 1. Not under
+TRITON_INTERPRET, with which kernels are no longer compiled.
 """
 
 import json
@@ -54,7 +56,7 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple
 
 
 def launches(
-    d_in: int, d_sae: int, dtype: torch.dtype, autocast: bool
+    d_in: int, d_sae: int, dtype: torch.dtype, autocast: bool, batch_size: int
 ) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
     """What one step launches, each kernel once for each way in which it is specialised."""
     recorded: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
@@ -65,24 +67,27 @@ def launches(
         )
 
     JITFunction.run = record  # type: ignore[method-assign]
-    batch_size, n = 64, 640
-    widths = paper_widths(d_sae)
+    n, n_keep = (128, 1) if batch_size == 1 else (10 * batch_size, 10 * batch_size)
+    selection_triton._INT32_SCORES = 0 if batch_size == 1 else 2**31
+    widths = [d_sae] if batch_size == 1 else paper_widths(d_sae)
     x = torch.randn(batch_size, d_in, dtype=dtype)
     W_dec = torch.randn(d_sae, d_in, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        selection_triton.select(x, W_dec.T, W_dec[:, 0].clone(), W_dec.norm(dim=-1), n, None)
+        selection_triton.select(x, W_dec.T, W_dec[:, 0].clone(), W_dec.norm(dim=-1), n_keep, None)
     latents = torch.arange(n) % d_sae
     values = torch.rand(n, dtype=torch.float32 if autocast else dtype)
-    codes = Codes(torch.arange(n) // 10, latents, values, values, 0.0)
+    codes = Codes(torch.arange(n) * batch_size // n, latents, values, values, 0.0)
     levels = level_of_latent(tuple(widths), "cpu")
-    _, layout = layout_triton.lay_out(codes, batch_size, levels, len(widths), True)
+    for is_sorted in (False, True):
+        _, layout = layout_triton.lay_out(codes, batch_size, levels, len(widths), is_sorted)
     residuals, losses, sae_out = sums_triton.level_residuals(
         values, W_dec, x[0], x, layout, len(widths)
     )
     for stop_gradient in ("none", "all", "inner"):
         for grad_out in (None, sae_out):
             sums_triton.level_gradients(residuals, losses, grad_out, stop_gradient, W_dec, layout)
-    sums_triton.sum_by_latent(x, layout.bags, values.to(dtype), layout)
+    for with_totals in (False, True):
+        sums_triton.sum_by_latent(x, layout.bags, values.to(dtype), layout, with_totals)
     return recorded
 
 
@@ -98,10 +103,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(numbers[1]), "stack": int(numbers[2])}
 
 
-def main(capability: int, d_in: int, d_sae: int, dtype: str, autocast: bool) -> None:
+def widest_load(ptx: str) -> int:
+    """Bits that a thread loads from global memory at once."""
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+) ", ptx)
+    return max((int(n or 1) * int(bits) for n, bits in loads), default=0)
+
+
+def main(
+    capability: int, d_in: int, d_sae: int, dtype: str, autocast: bool, batch_size: int
+) -> None:
     target = GPUTarget("cuda", capability, 32)
     seen = set()
-    for kernel, args, kwargs in launches(d_in, d_sae, getattr(torch, dtype), autocast):
+    steps = launches(d_in, d_sae, getattr(torch, dtype), autocast, batch_size)
+    for kernel, args, kwargs in steps:
         source, options = source_of(kernel, args, kwargs)
         key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs))
         if key in seen:
@@ -110,9 +124,11 @@ def main(capability: int, d_in: int, d_sae: int, dtype: str, autocast: bool) -> 
         compiled = compile_kernel(source, target=target, options=options)
         record = {"kernel": kernel.__name__, "shared": compiled.metadata.shared}
         record |= resources(compiled.asm["cubin"])
+        record["threads"] = 32 * options["num_warps"]
+        record["load"] = widest_load(compiled.asm["ptx"])
         print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    capability, d_in, d_sae, dtype, autocast = sys.argv[1:]
-    main(int(capability), int(d_in), int(d_sae), dtype, autocast == "True")
+    capability, d_in, d_sae, dtype, autocast, batch_size = sys.argv[1:]
+    main(int(capability), int(d_in), int(d_sae), dtype, autocast == "True", int(batch_size))

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def _several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_triton, "_CODES", 8)
+    monkeypatch.setattr(layout_triton, "_CODES_OF_ROW", 4)
     monkeypatch.setattr(layout_triton, "_RIVALS", 2)
     monkeypatch.setattr(layout_triton, "_ROWS_PER_BIN", 3)
 

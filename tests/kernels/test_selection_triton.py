@@ -51,7 +51,8 @@ def assert_same(actual: Codes, expected: Codes) -> None:
 @pytest.fixture(autouse=True)
 def _several_blocks_a_row_and_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection_triton, "_SCORES", 16)
-    monkeypatch.setattr(selection_triton, "_PROGRAMS", 5)
+    monkeypatch.setattr(selection_triton, "_CANDIDATES", 8)
+    monkeypatch.setattr(selection_triton, "_n_programs", lambda device: 5)
 
 
 def drawn(kind: str, **shape: int) -> dict[str, torch.Tensor]:
@@ -120,6 +121,16 @@ def test_nan_comes_before_every_score() -> None:
     assert codes.latents.tolist() == list(range(12))
     assert codes.scores.isnan().all()
     assert codes.pre_acts.isnan().all()
+
+
+@pytest.mark.parametrize("last_cut", [0.05, 0.6, 50.0])
+def test_counts_of_64_bits_and_a_cut_on_the_host(
+    last_cut: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection_triton, "_INT32_SCORES", 0)
+    inputs = drawn("plain", seed=0, batch=5, d_in=6, d_sae=40)
+    expected = by_sorting(**inputs, norms=None, n_keep=12)
+    assert_same(select(**inputs, norms=None, n_keep=12, last_cut=last_cut), expected)
 
 
 def test_half_precision_products_are_rounded_as_dense_code_rounds_them() -> None:

@@ -1,6 +1,9 @@
 """Training steps that Triton kernels compute, against SAELens' and against the reference."""
 
 import math
+import sys
+import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.kernels import rounding_triton, selection_triton, triton_support
+from sae_lens_matryoshka.kernels import selection_triton, triton_support
 from sae_lens_matryoshka.kernels.dispatch import EAGER, backend_for
 from tests.devices import DEVICE
 from tests.steps import dense, outcome, relative_error, run_step, spread, twins
@@ -236,6 +240,90 @@ def test_only_the_check_of_the_loss_waits_for_the_gpu(
             torch.cuda.set_sync_debug_mode("default")
 
 
+class AskedOfTheDevice(TorchDispatchMode):
+    """Counts what makes the host wait for a device, on any device; kernels' own work aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        if masks or name in WAITING_OPERATIONS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WAITING_OPERATIONS = {
+    "_coalesce",
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, PyTorch itself tells what waits")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefix_sampling": "uniform"},
+        {"level_weights": 0.5},
+        {"latent_order": "frequency"},
+        {"stop_gradient": "inner", "bias_level": True},
+    ],
+)
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_a_step_asks_the_device_whether_the_loss_is_finite_and_nothing_else(
+    options: dict[str, Any], with_dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def unseen(executor: Any, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+    cfg = MatryoshkaTrainingSAEConfig(
+        d_in=8, d_sae=32, k=3, implementation="triton", device=DEVICE, **options
+    )
+    sae = MatryoshkaTrainingSAE(cfg)
+    dead = torch.arange(32) % 5 == 0 if with_dead else None
+    for step in range(2):
+        with AskedOfTheDevice() as asked:
+            run_step(sae, torch.randn(6, 8), dead, step).loss.backward()
+        # on CUDA the dead latents are counted while the device computes; see `TrueIndices`
+        assert asked.counts == {"_local_scalar_dense": 1, **({"nonzero": 1} if with_dead else {})}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_lie_in_memory_as_their_parameters_do(dtype: str) -> None:
+    """PyTorch copies a gradient that doesn't."""
+    sae = MatryoshkaTrainingSAE(
+        MatryoshkaTrainingSAEConfig(
+            d_in=8, d_sae=32, k=3, implementation="triton", device=DEVICE, dtype=dtype
+        )
+    )
+    strides = {}
+    for name, parameter in sae.named_parameters():
+        parameter.register_hook(
+            lambda gradient, name=name: strides.update({name: gradient.stride()})
+        )
+    run_step(sae, torch.randn(6, 8, device=DEVICE, dtype=sae.dtype), None).loss.backward()
+    assert strides == {name: parameter.stride() for name, parameter in sae.named_parameters()}
+
+
 def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -259,23 +347,30 @@ def test_one_place_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "_why_no_launch", lambda: "there is no C compiler")
     with pytest.warns(UserWarning, match="in PyTorch, .* because there is no C compiler"):
         assert backend_for("auto", cuda, torch.float32) is EAGER
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        assert backend_for("auto", cuda, torch.float32) is EAGER
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="because Triton is not installed"):
         assert backend_for("auto", cuda, torch.float32) is EAGER
 
 
-def test_a_first_kernel_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, device=DEVICE))
-    assert triton_support._why_no_launch.__wrapped__() is None
+def test_a_first_selection_tells_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_no_launch = triton_support._why_no_launch.__wrapped__
+    assert why_no_launch(DEVICE) is None
 
-    def fail(number: torch.Tensor) -> torch.Tensor:
+    def fail(*args: Any) -> Any:
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(rounding_triton, "round_one", fail)
-    assert triton_support._why_no_launch.__wrapped__() == (
+    monkeypatch.setattr(selection_triton, "select", fail)
+    assert why_no_launch(DEVICE) == (
         "a first kernel failed (RuntimeError: Failed to find C compiler.)"
     )
+    monkeypatch.setitem(sys.modules, selection_triton.__name__, None)  # its import fails
+    assert why_no_launch(DEVICE).startswith("a first kernel failed (ModuleNotFoundError")
+    monkeypatch.undo()
+    monkeypatch.setattr(selection_triton, "select", lambda *args: EAGER.select(*args[:4], 2, None))
+    assert why_no_launch(DEVICE) == "a first kernel gave a wrong result"
 
 
 def test_config_names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
