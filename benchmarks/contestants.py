@@ -67,6 +67,7 @@ class Setup:
     batch_size: int
     k: float
     n_dead: int = 0
+    skewed: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     autocast: bool = False
@@ -99,7 +100,7 @@ class InSAELens(Contestant):
 
     def __init__(self, name: str, setup: Setup):
         super().__init__(setup)
-        is_fused = name.startswith(OURS) or name.endswith(FUSED)
+        is_fused = name in OUR_OPTIONS or name.startswith(OURS) or name.endswith(FUSED)
         self._optimizer_context = fused_adam if is_fused else nullcontext
         name = name.removesuffix(FUSED)
         shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
@@ -196,20 +197,30 @@ def make_contestant(name: str, setup: Setup) -> Contestant:
 
 
 def dead_ending(share: float) -> str:
-    """The end of a contestant's name, of which a share of the latents is dead."""
+    """The suffix of a contestant with this share of dead latents."""
     return f", {share:.0%} dead"
 
 
 def _batches(setup: Setup) -> list[torch.Tensor]:
-    """Sparse sums of random directions: activations whose codes differ from row to row."""
+    """Sparse sums of random directions: activations whose codes differ from row to row.
+
+    Skewed, few directions are in most sums, and the first row is as long as that of a text's first
+    token in a language model, which has thousands of codes.
+    """
     n_features = 4 * setup.d_in
+    rates = torch.full((n_features,), 20 / n_features, device=setup.device)
+    if setup.skewed:
+        rates = 1 / torch.arange(1, n_features + 1, device=setup.device)
+        rates = (20 * rates / rates.sum()).clamp(max=1)
     directions = torch.randn(n_features, setup.d_in, device=setup.device) / setup.d_in**0.5
     batches = []
-    for _ in range(5):  # odd, so that both kinds of turn get to each
+    for _ in range(5):
         shape = (setup.batch_size, n_features)
-        active = torch.rand(shape, device=setup.device) < 20 / n_features
+        active = torch.rand(shape, device=setup.device) < rates
         strengths = torch.rand(shape, device=setup.device) + 0.5
         batches.append((active * strengths) @ directions)
+        if setup.skewed:
+            batches[-1][0] *= 50
     return [batch.to(str_to_dtype(setup.dtype)) for batch in batches]
 
 
@@ -239,7 +250,8 @@ def encode_product(setup: Setup) -> Callable[[], torch.Tensor]:
 
 def selection(setup: Setup) -> Callable[[], object]:
     """Our selection of codes by itself, with the cut of the last batch known."""
-    x = _batches(setup)[0]
+    batches = _batches(setup)
+    next_batch, x = itertools.cycle(batches).__next__, batches[0]
     shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
     sae = MatryoshkaTrainingSAE(
         MatryoshkaTrainingSAEConfig(**shape, matryoshka_widths=setup.widths)
@@ -247,13 +259,13 @@ def selection(setup: Setup) -> Callable[[], object]:
     backend = backend_for("auto", x.device, x.dtype)
     assert backend is not None
     norms = sae.W_dec.data.norm(dim=-1)
-    inputs = (x, sae.W_enc.data, sae.b_enc.data, norms, int(setup.k * len(x)))
+    rest = (sae.W_enc.data, sae.b_enc.data, norms, int(setup.k * len(x)))
     cut = None
 
     def run() -> None:
         nonlocal cut
         with torch.autocast(x.device.type, torch.bfloat16, enabled=setup.autocast):
-            cut = backend.select(*inputs, cut).cut
+            cut = backend.select(next_batch(), *rest, cut).cut
 
     return run
 

@@ -41,7 +41,13 @@ def setup_at(axis: str, size: int, options: Options) -> Setup:
     sizes: dict[str, Any] = {**BASE, "k": K, "levels": N_LEVELS, axis: size}
     sizes |= {name: sizes[name] // options.shrink for name in BASE}
     widths = doubling_widths(sizes["d_sae"], sizes.pop("levels"))
-    return Setup(**sizes, widths=widths, n_dead=options.n_dead, device=options.device)
+    return Setup(
+        **sizes,
+        widths=widths,
+        n_dead=options.n_dead,
+        skewed=options.skewed,
+        device=options.device,
+    )
 
 
 def run(options: Options) -> None:

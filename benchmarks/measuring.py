@@ -1,6 +1,7 @@
 """Time and memory of what the contestants do."""
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,10 @@ import torch
 from contestants import (
     ENCODE,
     OURS,
-    SELECTION,
     Contestant,
     Setup,
     encode_product,
     make_contestant,
-    selection,
 )
 from tqdm.auto import tqdm
 
@@ -64,28 +63,36 @@ def turns_of(
 def measure_times(
     turns: Mapping[Turn, Callable[[], object]], rounds: int, device: str, title: str = "Rounds"
 ) -> dict[Turn, list[float]]:
-    """Seconds of each turn in each round after the warm-up; every round has every turn once."""
+    """Seconds of each turn in each round after the warm-up; every round has every turn once.
+
+    Their order is drawn anew, since what a turn leaves in caches and allocator slows the next.
+    """
     warm_up = WARM_UP["cpu" if device == "cpu" else "cuda"]
     times: dict[Turn, list[float]] = {turn: [] for turn in turns}
+    order, generator = list(turns), random.Random(0)
     for _ in tqdm(range(warm_up + rounds), desc=title, disable=None, leave=None):
-        for turn, run in turns.items():
+        generator.shuffle(order)
+        for turn in order:
             with memory_for(turn[0]):
-                times[turn].append(seconds(run, device))
+                times[turn].append(seconds(turns[turn], device))
     return {turn: values[warm_up:] for turn, values in times.items()}
 
 
 def time_steps(
-    contestants: Mapping[str, Contestant], setup: Setup, rounds: int, title: str = "Rounds"
+    contestants: Mapping[str, Contestant],
+    setup: Setup,
+    rounds: int,
+    title: str = "Rounds",
+    alone: Mapping[Turn, Callable[[], object]] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds of forward-backward and full step of each contestant, of the encode product and of
-    our selection.
+    """Seconds of forward-backward and full step of each contestant, of the encode product, and of
+    what else runs `alone`.
 
     The first of our SAEs also has `monitor`; see `monitor_cost`.
     """
-    turns = turns_of(contestants)
+    turns = {**turns_of(contestants), **(alone or {})}
     with memory_for(ENCODE):
         turns[ENCODE, "forward_backward"] = encode_product(setup)
-        turns[SELECTION, "forward_backward"] = selection(setup)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for (name, kind), values in measure_times(turns, rounds, setup.device, title).items():
         results.setdefault(name, {})[kind] = spread(values)
@@ -101,7 +108,7 @@ def monitor_cost(name: str, contestant: Contestant, rounds: int) -> dict[str, fl
         observed_step: Seconds of a step that the monitor observes.
         share: What it adds to the average step, as a share of one that it does not observe.
     """
-    # the step right after one that is observed never is
+    # the two steps after one that is observed never are
     turns = turns_of({name: contestant}, ["monitored_step", "step"])
     times = measure_times(turns, _MONITOR_PAIRS * rounds, contestant.setup.device, "Monitor")
     observed, step = (np.array(values) for values in times.values())

@@ -21,12 +21,15 @@ class Options:
     batch_size: int = 1024  # activations in a batch
     k: float = 32  # mean number of active latents per activation
     n_dead: int = 0  # latents that count as dead in every step
+    skewed: bool = False  # Zipf's firing rates, and in each batch a row with thousands of codes
     threads: int = 1  # CPU threads
     device: str = "cpu"  # or cuda
     dtype: str = "float32"
     autocast: bool = False  # bfloat16 autocast, as SAELens' trainer does it
     variants: bool = False  # this package's options instead of the peers
-    preset: Literal["gemma", "gpt2", "sweep"] | None = None  # fixed shapes in every precision
+    preset: Literal["gemma", "gemma_4096", "gpt2", "sweep"] | None = (
+        None  # fixed shapes in every precision
+    )
     shrink: int = 1  # divide a preset's d_in, d_sae and batch, to try it on a small machine
     rounds: int | None = None  # turns of each contestant after the warm-up; 9, with --preset 20
     out: str | None = None  # write OUT.md and OUT.json (with --preset sweep OUT.png, too)

@@ -12,6 +12,7 @@ from contestants import (
     PEER,
     SAELENS,
     SAELENS_FLAT,
+    SAELENS_FUSED,
     Setup,
     has_peer,
     our_implementations,
@@ -24,6 +25,7 @@ from sae_lens_matryoshka.training.widths import paper_widths
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gemma": {"d_in": 2304, "d_sae": 65536, "batch_size": 2048, "k": 40},  # the paper's
+    "gemma_4096": {"d_in": 2304, "d_sae": 65536, "batch_size": 4096, "k": 40},
     "gpt2": {"d_in": 768, "d_sae": 24576, "batch_size": 4096, "k": 40},
 }
 
@@ -35,6 +37,7 @@ def run(preset: str, options: Options) -> None:
         **sizes,
         widths=paper_widths(sizes["d_sae"]),
         n_dead=options.n_dead,
+        skewed=options.skewed,
         device=options.device,
     )
     record = {**options.record(**shape(setup)), "precisions": {}}
@@ -79,7 +82,7 @@ def _names(device: str, precision: Precision) -> list[str]:
     ours = [f"{OURS}, {implementation}" for implementation in our_implementations(device)]
     # the peer's trainer has no autocast
     peers = [PEER] if has_peer() and not precision.autocast else []
-    return [*ours, f"{ours[0]}{ONE_LEVEL}", SAELENS, SAELENS_FLAT, *peers]
+    return [*ours, f"{ours[0]}{ONE_LEVEL}", SAELENS, SAELENS_FUSED, SAELENS_FLAT, *peers]
 
 
 def section_text(title: str, section: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python benchmarks/step_time.py                       # the shape of docs/benchmarks/step_time.md
     python benchmarks/step_time.py --d_in 768 --d_sae 24576 --k 40 --threads 2 --n_dead 500
     python benchmarks/step_time.py --variants            # the objective's options, against default
-    python benchmarks/step_time.py --device cuda --preset gemma    # or gpt2, or sweep
+    python benchmarks/step_time.py --device cuda --preset gemma    # or gemma_4096, gpt2, sweep
 
 A step is SAELens' own: forward, statistics, backward, gradient clipping and Adam, as
 `SAETrainer.step` runs it, 2,000 steps into a run, when the monitor of our SAEs observes. What the
@@ -44,6 +44,7 @@ from contestants import (
     dead_ending,
     has_peer,
     make_contestant,
+    selection,
 )
 from measuring import DoesNotFit, build, gpu_peak, time_steps
 from options import Options
@@ -110,8 +111,9 @@ def run_table(options: Options) -> None:
     if options.variants:
         names = [OURS, *VARIANTS]
     setup = setup_of(options)
-    results = time_steps(build(names, setup), setup, options.n_rounds)
-    for name in tqdm(names, desc="Memory", disable=None):
+    alone = {(SELECTION, "forward_backward"): selection(setup)}
+    results = time_steps(build(names, setup), setup, options.n_rounds, alone=alone)
+    for name in tqdm([n for n in names if not n.endswith("dead")], desc="Memory", disable=None):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             memory = process.submit(measure_memory, options, name).result()
         results[name]["memory_bytes"] = {"step": memory}

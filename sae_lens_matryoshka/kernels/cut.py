@@ -20,10 +20,12 @@ def skip_limits(
     Returns:
         (d_sae,) limits, at about the score `floor`; the largest score at a limit, NaN if one is.
     """
-    limits = (floor - b_enc) if norms is None else floor / norms - b_enc
-    at_limits = limits + b_enc
-    if norms is not None:
-        at_limits = torch.where(norms == 0, 0.0, at_limits * norms)  # not inf · 0
+    if norms is None:
+        limits = floor - b_enc
+        return limits, (limits + b_enc).max().item()
+    has_no_decoder = norms == 0  # and scores 0; neither 0 / 0 nor inf · 0
+    limits = torch.where(has_no_decoder, torch.inf, floor / norms - b_enc)
+    at_limits = torch.where(has_no_decoder, 0.0, (limits + b_enc) * norms)
     return limits, at_limits.max().item()
 
 
@@ -49,7 +51,7 @@ def settle(
         b_enc: (d_sae,).
         norms: (d_sae,), or None where scores are pre-activations.
         n_keep: Number of scores to keep.
-        bound: Of the scores of all others.
+        bound: Upper bound of every score that is not a candidate.
     """
     pre_acts = products + b_enc[latents]
     scores = pre_acts if norms is None else pre_acts * norms[latents]

@@ -13,9 +13,9 @@ products of something of the row and something of the latent, so they become col
 
     [x̃, ‖x̃ − x‖ + e ‖x̃‖, ‖x̃‖, 1] · [w̃, ‖w‖, ‖w̃ − w‖, −limit]  <  0    ⟹    p̂ < limit
 
-and the sign of the product is the screen. The added columns are rounded away from 0 by more than
-the sums over them err. Units for bfloat16 flush subnormal numbers to 0, which `_TINY_NORM` and
-`_TINY` cover. Where a sum could overflow, or a factor is not finite, nothing is settled.
+and the sign of the product is the screen. The added columns are rounded towards passing, by more
+than the error of summing them. Units for bfloat16 flush subnormal numbers to 0, which `_TINY_NORM`
+and `_TINY` cover. If a sum could overflow or a factor is not finite, the screen returns None.
 
 Of the scores that pass, the `n_keep` that seem largest are computed first. The smallest of these is
 a lower bound of the cut, so of the others only those are computed that could reach it.
@@ -32,10 +32,10 @@ from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.cut import flat_nonzero, nth_largest, settle, skip_limits
 
 _N_ADDED = 3  # columns of the bound and the limit
-_MAX_D_IN = 2**13  # for larger sums the rounding of the added columns is not enough
+MAX_D_IN = 2**13  # for larger sums the rounding of the added columns is not enough
 _LARGEST = 2.0**120  # of norms and their products, so that no sum overflows
-_TINY_NORM = 2.0**-119  # √d_in · 2⁻¹²⁶ or more: numbers below the smallest normal one become 0
-_TINY = 2.0**-110  # d_in · 2⁻¹²⁶ or more, for products and sums below it
+_TINY_NORM = 2.0**-56  # √d_in · 2⁻⁶³ or more: squares below 2⁻¹²⁶ may be lost in a norm
+_TINY = 2.0**-110  # 2 · d_in · 2⁻¹²⁶ or more, for products and sums below it
 _BLOCK_LATENTS = 2048  # in one product
 _CACHED_ELEMENTS = 2**17  # that are rounded at a time
 _MAX_PASSING = 16  # times n_keep; more cost as much as a full ranking
@@ -58,8 +58,6 @@ def select_screened(
     None where these do not settle the set. Pre-activations are summed in another order than in the
     product of matrices, so they differ from it by rounding.
     """
-    if x.shape[1] > _MAX_D_IN:
-        return None
     limits, bound = skip_limits(floor, b_enc, norms)
     if not bound < _LARGEST:
         return None
@@ -90,7 +88,7 @@ class _Passing(NamedTuple):
     rows: torch.Tensor  # (n,) int32
     latents: torch.Tensor  # (n,) int32
     largest: torch.Tensor  # (n,) what the product is at most
-    likely: torch.Tensor  # (n,) what it probably is
+    likely: torch.Tensor  # (n,) an estimate of the product
 
 
 def _screen(
@@ -101,10 +99,10 @@ def _screen(
     limits = limits.clamp(-_LARGEST, _LARGEST)
     limits = (limits - limits.abs() * 2**-7 - _TINY).bfloat16()
 
-    by_row = torch.empty(batch_size, d_in + _N_ADDED, dtype=torch.bfloat16)
+    by_row = x.new_empty(batch_size, d_in + _N_ADDED, dtype=torch.bfloat16)
     row_norms, row_errors = _round(x, by_row[:, :d_in])
     sum_error = (d_in + _N_ADDED) * 2**-23  # relative; processors may truncate
-    row_errors += 2 * sum_error * row_norms  # e is that of both sums
+    row_errors += 2 * sum_error * row_norms  # twice: e covers p̂ and this product
     by_row[:, d_in] = _up(row_errors)
     by_row[:, d_in + 1] = _up(row_norms)
     by_row[:, d_in + 2] = 1
@@ -152,11 +150,11 @@ def _round(matrix: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch
     """Round to bfloat16 into `out`.
 
     Returns:
-        Norms that those of the rows do not exceed, before and after; and the errors' norms.
+        Upper bounds of the rows' norms, before and after rounding; and of the errors' norms.
     """
-    norms, errors = torch.empty(2, len(matrix))
+    norms, errors = matrix.new_empty(2, len(matrix))
     n_rows = max(1, _CACHED_ELEMENTS // matrix.shape[1])
-    scratch = torch.empty(n_rows, matrix.shape[1])
+    scratch = matrix.new_empty(n_rows, matrix.shape[1])
     for start in range(0, len(matrix), n_rows):
         rows = slice(start, start + n_rows)
         torch.linalg.vector_norm(matrix[rows], dim=1, out=norms[rows])
@@ -175,21 +173,22 @@ def _dots(
     x: torch.Tensor, W_enc: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """(n,) ⟨x[rows_i], W_enc[:, latents_i]⟩; latents ascend, so each encoder row is read once."""
-    first_of = torch.searchsorted(
-        latents, torch.arange(W_enc.shape[1], dtype=torch.int32), out_int32=True
-    )
+    no_starts = latents.new_empty(0)  # of bags, which `latents` numbers already
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        W_enc.T, x, rows, first_of, latents, 0
+        W_enc.T, x, rows, no_starts, latents, 0
     )
 
 
 @cache
 def pays_off() -> bool:
     """Whether this processor multiplies in bfloat16 much faster than in float32; measured once."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     rows, d_in, latents = _MEASURED_SHAPE
-    x, weights = torch.ones(rows, d_in), torch.ones(d_in, latents)
+    x = torch.ones(rows, d_in, dtype=torch.float32)
+    weights = torch.ones(d_in, latents, dtype=torch.float32)
     plain, rounded = _seconds(x, weights), _seconds(x.bfloat16(), weights.bfloat16())
     if plain < _MIN_SPEEDUP * rounded:
         _log.debug(

@@ -13,12 +13,10 @@ import torch
 
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.cut import FLOOR_FRACTION, flat_nonzero, settle, skip_limits
-from sae_lens_matryoshka.kernels.screen import pays_off, select_screened
+from sae_lens_matryoshka.kernels.screen import MAX_D_IN, pays_off, select_screened
 
 Selection = Literal["auto", "screen", "product"]
 
-# Of a screen's first and second try: another one costs a fraction of a full ranking.
-_SCREEN_FLOOR_FRACTIONS = (0.85, 0.7)
 _MIN_SCREENED_WEIGHTS = 2**19  # for fewer, what the screen adds costs what it saves
 
 # More candidates than this many times `n_keep` cost as much as a full ranking, and more memory.
@@ -51,14 +49,12 @@ def select(
             costs time.
         selection: "screen" or "product" to use that way; "auto" for the one that is faster here.
     """
-    way, fractions = select_above, (FLOOR_FRACTION,)
-    if _is_screened(x, W_enc, selection):
-        way, fractions = select_screened, _SCREEN_FLOOR_FRACTIONS
     if isinstance(last_cut, torch.Tensor):  # the SAE may have moved since
         last_cut = last_cut.to(x.device)
     # 16-bit scores tie at the cut in nearly every batch, and ties need the full ranking
     if last_cut is not None and n_keep > 0 and b_enc.dtype.itemsize > 2:
-        for fraction in fractions:
+        is_screened = last_cut > 0 and _is_screened(x, W_enc, selection)
+        for way, fraction in _SCREEN_FIRST if is_screened else _ABOVE:
             codes = way(x, W_enc, b_enc, norms, n_keep, fraction * last_cut)
             if codes is not None:
                 return codes
@@ -68,7 +64,7 @@ def select(
 def _is_screened(x: torch.Tensor, W_enc: torch.Tensor, selection: Selection) -> bool:
     if not (x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"):
         return False
-    if selection == "product" or torch.is_autocast_enabled("cpu"):
+    if selection == "product" or x.shape[1] > MAX_D_IN or torch.is_autocast_enabled("cpu"):
         return False
     return selection == "screen" or (W_enc.numel() >= _MIN_SCREENED_WEIGHTS and pays_off())
 
@@ -119,6 +115,11 @@ def select_above(
         latents.append(hits - row * width + start)
     candidates = (torch.cat(rows), torch.cat(latents), torch.cat(products))
     return settle(*candidates, b_enc, norms, n_keep, bound)
+
+
+_ABOVE = ((select_above, FLOOR_FRACTION),)
+# Another screen costs a fraction of a full ranking.
+_SCREEN_FIRST = ((select_screened, 0.85), (select_screened, 0.7), *_ABOVE)
 
 
 def _blocks(x: torch.Tensor, d_sae: int) -> list[tuple[int, int]]:

@@ -46,7 +46,7 @@ def select(
 
     Of scores that tie at the cut, those of the lowest rows are kept, and within a row those of the
     lowest latents. There are always `n_keep` codes, the last of them padding if fewer scores are
-    positive. There is no screen: `selection` says nothing.
+    positive. There is no screen: `selection` is ignored.
     """
     product = x @ W_enc
     (n_rows, n_latents), device = product.shape, x.device

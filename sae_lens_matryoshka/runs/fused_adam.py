@@ -47,7 +47,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _can_be_fused(group: dict[str, Any]) -> bool:
     return not group["differentiable"] and all(
-        parameter.dtype in _DTYPES and parameter.device.type in _DEVICES
+        parameter.dtype in _DTYPES
+        and parameter.device.type in _DEVICES
+        and torch.empty_like(parameter).stride() == parameter.stride()  # no gaps in memory
         for parameter in group["params"]
     )
 

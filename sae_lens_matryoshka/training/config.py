@@ -47,8 +47,10 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
 
     selection: Selection = "auto"
     """How the codes are found on a CPU; the set is the same. "product": from all pre-activations.
-    "screen": a product in bfloat16 tells which few to compute, for float32 parameters. "auto" takes
-    the screen where the processor multiplies several times faster in bfloat16."""
+    "screen": a product in bfloat16 rules out most scores, and only the rest are computed in float32
+    (the parameters' dtype; without autocast). "auto" takes the screen for 2^19 encoder weights or
+    more, where the processor multiplies at least twice as fast in bfloat16; that is measured, so
+    runs on processors near this limit may differ by rounding."""
 
     baseline_explained_variance: float | None = None
     """Variance explained of a BatchTopK SAE of this width and k, above 0 and at most 1, if known:

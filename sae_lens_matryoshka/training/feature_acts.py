@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,20 @@ class FeatureActs(torch.Tensor):
         )
         return _with_counts(acts, layout.latent_starts.diff(), is_whether_fired=False)
 
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return copy.deepcopy(self.detach(), memo)  # a plain sparse tensor, as below
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         acts = args[0] if args else None
         if isinstance(acts, FeatureActs):
-            if func is torch.Tensor.sum and acts._is_whether_fired and args[1:] in ((0,), (-2,)):
+            counts_rows = func is torch.Tensor.sum and args[1:] in ((0,), (-2,)) and not kwargs
+            if counts_rows and acts._is_whether_fired:
                 return acts._n_firings.to(acts.dtype if acts.is_floating_point() else torch.int64)
             if func is torch.Tensor.bool or (func is torch.Tensor.float and acts._is_whether_fired):
                 with torch._C.DisableTorchFunctionSubclass():

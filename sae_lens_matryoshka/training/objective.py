@@ -31,9 +31,9 @@ from sae_lens_matryoshka.kernels.dispatch import Backend
 from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
 from sae_lens_matryoshka.kernels.sums import StopGradient
 
-# Dead latents, as a multiple of those that take part, from which sums over codes cost less.
+# With more dead latents than this for each that takes part, sums over codes are faster.
 _SPARSE_FROM = 4
-# Of the dead latents' pre-activations at once: on a CPU as many as its caches hold.
+# Dead pre-activations that are computed at once: on a CPU as many as its caches hold, on a GPU.
 _CHUNK_ELEMENTS = (2**21, 2**27)
 
 

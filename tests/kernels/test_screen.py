@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import screen
+from sae_lens_matryoshka.kernels import screen, selection
 from sae_lens_matryoshka.kernels.cut import skip_limits
 from sae_lens_matryoshka.kernels.screen import select_screened
 from sae_lens_matryoshka.kernels.selection import select
@@ -19,6 +19,7 @@ KINDS = [
     "cancellation",
     "uneven rows and latents",
     "subnormal",
+    "squares below the smallest number",
     "huge bias",
     "few positive",
     "ties",
@@ -34,10 +35,12 @@ def drawn(kind: str, seed: int, batch: int, d_in: int, d_sae: int) -> dict[str, 
         x = halfway * (1 + torch.randint(-1, 2, x.shape) * 2**-22)
         W = (1 + 2**-8) * (1 + torch.randint(-1, 2, W.shape) * 2**-22)
         b = -d_in * torch.rand(d_sae)
-    elif kind == "cancellation":
+    elif kind in ("cancellation", "squares below the smallest number"):
         x[:, 1::2] = -x[:, : d_in // 2 * 2 : 2] * (1 + 2**-9)
         W[:, 1::2] = W[:, : d_in // 2 * 2 : 2]
         b = b * 1e-3
+        if kind != "cancellation":
+            x, b = x * 1e-24, b * 0
     elif kind == "uneven rows and latents":
         x *= 10.0 ** torch.randint(-12, 13, (batch, 1))
         W *= 10.0 ** torch.randint(-6, 7, (d_sae, 1))
@@ -70,7 +73,7 @@ def all_scores(
     d_in=st.integers(1, 80),
     d_sae=st.integers(1, 300),
     k=st.floats(0.1, 8),
-    floor=st.sampled_from([0.3, 0.8, 0.9, 0.99, 1.0, 1.1]),
+    floor=st.sampled_from([0.0, 0.3, 0.8, 0.9, 0.99, 1.0, 1.1]),
     ranks_by_norm=st.booleans(),
 )
 @settings(max_examples=400)
@@ -91,7 +94,7 @@ def test_keeps_what_ranking_every_float32_score_keeps(
     n_keep = max(1, int(min(k, d_sae) * batch))
     scores = all_scores(**inputs, norms=norms)
     cut = scores.flatten().topk(n_keep).values[-1].item()
-    codes = select_screened(**inputs, norms=norms, n_keep=n_keep, floor=floor * max(cut, 1e-30))
+    codes = select_screened(**inputs, norms=norms, n_keep=n_keep, floor=floor * max(cut, 0))
     if codes is None:
         return  # the slower way decides; see the tests below for when it must not
     kept = (scores >= cut) & (scores > 0)
@@ -109,7 +112,7 @@ def test_keeps_what_ranking_every_float32_score_keeps(
     batch=st.integers(1, 16),
     d_in=st.integers(1, 200),
     d_sae=st.integers(1, 100),
-    floor=st.floats(1e-3, 30),
+    floor=st.sampled_from([1e-24, 1e-3, 0.3, 3.0, 30.0]),
 )
 @settings(max_examples=300)
 def test_nothing_above_its_limit_is_screened_out(
@@ -173,6 +176,25 @@ def test_what_is_not_finite_or_could_overflow_is_not_screened(name: str, value: 
     assert select_screened(**inputs, n_keep=16, floor=4.0) is not None
     inputs[name][5] = value
     assert select_screened(**inputs, n_keep=16, floor=4.0) is None
+
+
+def test_a_dictionary_with_wider_activations_is_not_screened() -> None:
+    x, W_enc = torch.ones(1, screen.MAX_D_IN + 1), torch.ones(screen.MAX_D_IN + 1, 2)
+    assert not selection._is_screened(x, W_enc, "screen")
+    assert selection._is_screened(x[:, 1:], W_enc[1:], "screen")
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    inputs = drawn("plain", 0, batch=8, d_in=16, d_sae=64)
+    expected = select_screened(**inputs, norms=None, n_keep=16, floor=4.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = select_screened(**inputs, norms=None, n_keep=16, floor=4.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert expected is not None
+    assert actual is not None
+    assert torch.equal(actual.scores, expected.scores)
 
 
 def test_nan_reaches_the_codes() -> None:

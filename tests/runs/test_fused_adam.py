@@ -71,6 +71,15 @@ def test_checkpoints_go_both_ways(first: Any, second: Any) -> None:
     assert_near(resumed, plain)
 
 
+def test_parameters_with_gaps_in_memory_are_left_alone() -> None:
+    memory = torch.zeros(4, 6)
+    parameter = torch.nn.Parameter(memory[:, ::2])
+    with fused_adam():
+        take_steps(Adam([parameter], lr=0.1), 1)
+    assert (memory[:, 1::2] == 0).all()
+    assert (memory[:, ::2] != 0).all()
+
+
 def test_what_it_leaves_alone() -> None:
     with fused_adam():
         half = Adam(parameters(torch.bfloat16), lr=0.1)

@@ -1,5 +1,9 @@
 """What SAELens' trainer asks of sparse activations is answered as PyTorch would answer it."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,3 +51,17 @@ def test_counting_firings_does_not_sort_the_codes() -> None:
         firings.sum(0)
     assert called
     assert not any("coalesce" in name or "sort" in name for name in called), called
+
+
+def test_options_of_the_sum_are_pytorchs() -> None:
+    firings = step_acts().bool().float()
+    assert firings.sum(0, dtype=torch.float64).dtype == torch.float64
+    assert firings.sum(0, keepdim=True).shape == (1, 30)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda acts: pickle.loads(pickle.dumps(acts))])
+def test_copies_are_plain_sparse_tensors(copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    acts = step_acts()
+    copy_of_acts = copied(acts)
+    assert type(copy_of_acts) is torch.Tensor
+    assert torch.equal(copy_of_acts.to_dense(), acts.to_dense())
