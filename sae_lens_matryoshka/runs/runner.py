@@ -30,7 +30,13 @@ _RESUME_FILES = (
 # Estimated before the first step, folded into the weights after the last
 _FOLDED_NORMALIZATIONS = ("expected_average_only_in", "covariance_whitening")
 # Options that may change when a run resumes
-_CHANGEABLE = {"device", "implementation", "metadata", "baseline_explained_variance"}
+_CHANGEABLE = {
+    "device",
+    "implementation",
+    "selection",
+    "metadata",
+    "baseline_explained_variance",
+}
 
 
 class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):

@@ -42,7 +42,7 @@ def settings_of(benchmark: Benchmark, variant: Variant, seed: int) -> dict[str, 
     sae = {
         f.name: getattr(variant.cfg, f.name)
         for f in fields(variant.cfg)
-        if f.name not in ("metadata", "device")
+        if f.name not in ("metadata", "device", "selection")
     }
     settings = {
         "benchmark": benchmark.name,
