@@ -8,7 +8,9 @@ import torch
 
 
 class Codes(NamedTuple):
-    """The n non-zero codes of a batch of B activations, by row and within a row by level.
+    """The n non-zero codes of a batch of B activations, by row.
+
+    Within a row they ascend by latent when selected, and by level once laid out.
 
     A GPU doesn't tell the host how many codes it kept, so its buffers have room for all of them.
     The rest is padding: the last latent on the last row, with score and pre-activation 0.

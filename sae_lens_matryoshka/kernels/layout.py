@@ -15,7 +15,7 @@ def lay_out(
     """The codes by row and within a row by level, and their layout.
 
     Args:
-        codes: By row and within a row by latent.
+        codes: By row and within a row by latent; with one level, in any order within a row.
         batch_size: B.
         level_of_latent: (d_sae,) int32, from 0 on.
         n_levels: P.

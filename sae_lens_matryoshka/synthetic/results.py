@@ -42,7 +42,7 @@ def settings_of(benchmark: Benchmark, variant: Variant, seed: int) -> dict[str, 
     sae = {
         f.name: getattr(variant.cfg, f.name)
         for f in fields(variant.cfg)
-        if f.name not in ("metadata", "device", "selection")
+        if f.name not in ("metadata", "device")
     }
     settings = {
         "benchmark": benchmark.name,
@@ -106,6 +106,9 @@ def untrained_variants(
         # with the result's own seed, which may differ
         old = _flat(result.settings, result.device)
         new = _flat(settings_of(benchmark, variant, result.seed), device)
+        # an option that is newer than the result had its default
+        defaults = {f"sae.{f.name}": f.default for f in fields(variant.cfg)}
+        old = {name: defaults[name] for name in defaults.keys() & new.keys()} | old
         shared = ("benchmark", *_SHARED, "device")
         compared = old | new if result.variant in by_name else shared
         different = sorted(name for name in compared if old.get(name) != new.get(name))

@@ -33,8 +33,9 @@ from sae_lens_matryoshka.kernels.sums import StopGradient
 
 # With more dead latents than this for each that takes part, sums over codes are faster.
 _SPARSE_FROM = 4
-# Dead pre-activations that are computed at once: on a CPU as many as its caches hold, on a GPU.
-_CHUNK_ELEMENTS = (2**21, 2**27)
+# Dead pre-activations that are computed at once: on a CPU as many as its caches hold.
+_CHUNK_ELEMENTS = {"cpu": 2**21}
+_DEFAULT_CHUNK_ELEMENTS = 2**27
 
 
 class LevelLosses(NamedTuple):
@@ -199,7 +200,8 @@ class SparseAuxiliaryError(torch.autograd.Function):
     ) -> torch.Tensor:
         batch_size, n_dead = len(x), len(biases)
         parts = []
-        for chunk in x.split(max(1, _CHUNK_ELEMENTS[x.device.type != "cpu"] // n_dead)):
+        elements = _CHUNK_ELEMENTS.get(x.device.type, _DEFAULT_CHUNK_ELEMENTS)
+        for chunk in x.split(max(1, elements // n_dead)):
             with name_tensor_on_oom("dead pre-activations", (len(chunk), n_dead), x.dtype):
                 pre_acts = chunk @ encoder_rows.T + biases
             top = top_of_rows(pre_acts if norms is None else pre_acts * norms, k_aux)

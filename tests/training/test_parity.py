@@ -5,6 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sae_lens_matryoshka.kernels import screen
 from sae_lens_matryoshka.kernels.selection import Selection
 from tests.steps import assert_near, dense, outcome, relative_error, run_step, twins
 
@@ -86,8 +87,17 @@ def test_step_equals_saelens(
 @pytest.mark.parametrize("use_matryoshka_aux_loss", [False, True])
 @pytest.mark.parametrize(("implementation", "dtype", "selection"), WAYS)
 def test_weights_after_many_steps(
-    implementation: str, dtype: str, selection: Selection, use_matryoshka_aux_loss: bool
+    monkeypatch: pytest.MonkeyPatch,
+    implementation: str,
+    dtype: str,
+    selection: Selection,
+    use_matryoshka_aux_loss: bool,
 ) -> None:
+    settled = []  # what each screen returned
+    settle = screen.settle
+    monkeypatch.setattr(
+        screen, "settle", lambda *args: settled.append(settle(*args)) or settled[-1]
+    )
     torch.manual_seed(3)
     peer, ours = twins(
         implementation,
@@ -113,6 +123,8 @@ def test_weights_after_many_steps(
         since_fired += 1
         since_fired[(dense(output.feature_acts) > 0).any(0)] = 0
     assert (since_fired > 5).any(), "the run is meant to have dead latents"
+    n_screened = sum(codes is not None for codes in settled)
+    assert (n_screened > 30) if selection == "screen" else (n_screened == 0)
     assert_near(ours.state_dict(), peer.state_dict(), TOLERANCE[dtype])
 
 
