@@ -25,24 +25,26 @@ def fused_adam() -> Iterator[None]:
 
     `MatryoshkaTrainingRunner` runs in this context.
     """
-    handle = register_optimizer_step_pre_hook(_before_step)
+    handle = register_optimizer_step_pre_hook(_before_any_step)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def fuse(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` is fused, after making it so if it is an Adam for which that can be."""
     if type(optimizer) is not Adam:
-        return
+        return False
     if not all(group["fused"] for group in optimizer.param_groups):
         if not all(map(_can_be_fused, optimizer.param_groups)):
-            return
+            return False
         _fuse(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad = _laid_out_as(parameter, parameter.grad)
+    return True
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    fuse(optimizer)
 
 
 def _can_be_fused(group: dict[str, Any]) -> bool:
@@ -64,7 +66,15 @@ def _fuse(optimizer: Adam) -> None:
                     state[name] = value.to(parameter.device, torch.float32)
                 else:
                     state[name] = _laid_out_as(parameter, value)
+    optimizer.register_step_pre_hook(_lay_out_gradients)
     optimizer.register_state_dict_post_hook(_as_not_fused)
+
+
+def _lay_out_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad = _laid_out_as(parameter, parameter.grad)
 
 
 def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

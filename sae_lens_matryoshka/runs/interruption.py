@@ -7,17 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn
 
 import torch
 from sae_lens import logger
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
-from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_matryoshka.runs.processes import AgreedStop, Processes
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.training.latent_order import reorder_latents
 from sae_lens_matryoshka.util.files import atomic_folder
-
-Trainer: TypeAlias = SAETrainer[TrainingSAE[Any], Any]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -35,15 +34,19 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
+_NOTHING_TO_SAVE = "stopped before the first step, nothing to save."
+
+
 class InterruptibleFit:
     """`trainer.fit()` that a signal stops only between two steps; the caller restores the handlers.
 
     `fit` begins each step with `maybe_reset_sparsity`, when all counters agree and no batch is
-    drawn yet, and computes it in `step`; both are public methods of SAELens' trainer.
+    drawn yet, and computes it in `step`; both are public methods of SAELens' trainer. Several
+    processes stop where they agree to, when they draw their batches.
     """
 
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
+    def __init__(self, trainer: MatryoshkaTrainer, processes: Processes | None = None):
+        self._trainer, self._processes = trainer, processes
         self._begin_step = trainer.maybe_reset_sparsity
         self._compute_step = trainer.step
         self._signum: int | None = None
@@ -59,20 +62,36 @@ class InterruptibleFit:
             signal.signal(signum, self._on_signal)
         try:
             return trainer.fit()
+        except AgreedStop as stop:
+            self._stop(stop.signum, f" (rank {stop.rank})")
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 _free_memory(trainer, error)
             if self._undo_step is not None:
                 self._undo_step()
+            final = error
+            if self._processes is not None:
+                trainer.is_writer, final = self._processes.rally(error)
             if n_completed_steps(trainer) > n_steps_before:
-                logger.error(_save_interrupted(trainer)[1])
+                logger.error(self._save()[1])
+            if final is not error:
+                raise final from error
             raise
         finally:
             self._activity = b"Saving the trained SAE"
 
+    @property
+    def signum(self) -> int:
+        """The signal that this process has received; 0 for none."""
+        return self._signum or 0
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._processes is not None:
+            # torchrun passes on what the terminal has sent already, so a second one says nothing
+            self._signum = signum
+            return
         if self._activity is None:
-            raise TrainingInterrupted(signum, "stopped before the first step, nothing to save.")
+            raise TrainingInterrupted(signum, _NOTHING_TO_SAVE)
         if self._signum is not None:
             raise TrainingInterrupted(signum, "stopped at once by a second signal, nothing saved.")
         self._signum = signum
@@ -80,11 +99,27 @@ class InterruptibleFit:
         os.write(2, b"\n" + self._activity + b". Another signal stops at once, unsaved.\n")
 
     def _begin_step_or_stop(self) -> dict[str, Any]:
-        if self._signum is not None:
-            checkpoint, message = _save_interrupted(self._trainer)
-            raise TrainingInterrupted(self._signum, message, checkpoint)
+        if self._signum is not None and self._processes is None:
+            self._stop(self._signum)
         self._undo_step = _undo_counters(self._trainer)
         return self._begin_step()
+
+    def _stop(self, signum: int, where: str = "") -> NoReturn:
+        if self._activity is None:
+            raise TrainingInterrupted(signum, _NOTHING_TO_SAVE)
+        checkpoint, message = self._save()
+        raise TrainingInterrupted(signum, f"{message}{where}", checkpoint)
+
+    def _save(self) -> tuple[Path | None, str]:
+        """Save the run as it is: the checkpoint, if there is one, and what to tell the user."""
+        if self._processes is None:
+            return _save_interrupted(self._trainer)
+        if not self._trainer.is_writer:
+            checkpoint, message = self._processes.announced() or (None, "nothing was saved.")
+            return checkpoint and Path(checkpoint), message
+        checkpoint, message = _save_interrupted(self._trainer)
+        self._processes.announce((checkpoint and str(checkpoint), message))
+        return checkpoint, message
 
     def _step(self, batch: torch.Tensor) -> TrainStepOutput:
         self._activity = b"Stopping after this step"
@@ -93,14 +128,14 @@ class InterruptibleFit:
         return output
 
 
-def n_completed_steps(trainer: Trainer) -> int:
+def n_completed_steps(trainer: MatryoshkaTrainer) -> int:
     """Steps that have updated the weights; their last act is to advance the learning rate."""
     return trainer.lr_scheduler.last_epoch
 
 
-def _undo_counters(trainer: Trainer) -> Callable[[], None]:
+def _undo_counters(trainer: MatryoshkaTrainer) -> Callable[[], None]:
     """What resets the counters to now, after a step that failed before it updated the weights."""
-    counters = {
+    counters: dict[str, Any] = {
         "n_training_samples": trainer.n_training_samples,
         "n_frac_active_samples": trainer.n_frac_active_samples,
         "act_freq_scores": trainer.act_freq_scores.clone(),
@@ -115,7 +150,7 @@ def _undo_counters(trainer: Trainer) -> Callable[[], None]:
     return undo
 
 
-def _free_memory(trainer: Trainer, error: BaseException | None) -> None:
+def _free_memory(trainer: MatryoshkaTrainer, error: BaseException | None) -> None:
     """Free what the failed step allocated, since saving needs memory on the device too."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -124,8 +159,7 @@ def _free_memory(trainer: Trainer, error: BaseException | None) -> None:
     torch.cuda.empty_cache()
 
 
-def _save_interrupted(trainer: Trainer) -> tuple[Path | None, str]:
-    """Save the run as it is: the checkpoint, if it could be saved, and what to tell the user."""
+def _save_interrupted(trainer: MatryoshkaTrainer) -> tuple[Path | None, str]:
     step = n_completed_steps(trainer)
     base = trainer.cfg.checkpoint_path
     if base is None:
@@ -149,14 +183,19 @@ def _save_interrupted(trainer: Trainer) -> tuple[Path | None, str]:
 
 
 def save_atomically(
-    trainer: Trainer,
+    trainer: MatryoshkaTrainer,
     save: Callable[..., None],
     checkpoint_name: str,
     base_path: Path | str | None = None,
     wandb_aliases: list[str] | None = None,
 ) -> None:
-    """`save`, the trainer's `save_checkpoint`, all or nothing and with latents in level order."""
+    """`save`, the trainer's `save_checkpoint`, all or nothing and with latents in level order.
+
+    Of several processes, one writes.
+    """
     reorder_latents(trainer)
+    if not trainer.is_writer:
+        return
     base = base_path if base_path is not None else trainer.cfg.checkpoint_path
     if base is None:
         save(checkpoint_name, base_path, wandb_aliases)
@@ -171,7 +210,7 @@ def save_atomically(
         trainer.n_training_steps = n_training_steps
 
 
-def _require_finite(trainer: Trainer) -> None:
+def _require_finite(trainer: MatryoshkaTrainer) -> None:
     tensors = dict(trainer.sae.state_dict())
     for name, parameter in trainer.sae.named_parameters():
         for moment, value in trainer.optimizer.state.get(parameter, {}).items():

@@ -2,23 +2,32 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import wandb
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, constants
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
-from sae_lens_matryoshka.runs.fused_adam import fused_adam
+from sae_lens_matryoshka.runs.config import flat
 from sae_lens_matryoshka.runs.interruption import (
     InterruptibleFit,
-    Trainer,
     n_completed_steps,
     save_atomically,
 )
+from sae_lens_matryoshka.runs.processes import DEFAULT_TIMEOUT, Processes
+from sae_lens_matryoshka.runs.text_share import load_position, save_positions, take_share
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
+from sae_lens_matryoshka.training.base import NestedTrainingSAE
 from sae_lens_matryoshka.training.latent_order import reorder_latents
+from sae_lens_matryoshka.util.checks import invalid_option
 
 _RESUME_FILES = (
     constants.SAE_CFG_FILENAME,
@@ -48,36 +57,92 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     completed step, and propagates. A checkpoint appears under its name once it is complete, and
     only if it is finite. Resuming restores weights, moments, threshold and counters; the activation
     store continues after the texts it has read, so the activations it still held are skipped.
-    Adam is fused; see `fused_adam`.
+    Adam is fused, and clips within its update.
+
+    Started by torchrun, several processes train one SAE, the same as one process would: each reads
+    its share of the texts and computes its share of every batch of `cfg.train_batch_size_tokens`.
+    A run may resume on another number of processes. docs/scaling.md says more.
 
     Args:
         cfg: Config of the run. All arguments are those of SAELens' runner.
+        process_timeout: Seconds that one of several processes waits for the others.
 
     Raises:
-        ValueError: `cfg.resume_from_checkpoint` can't be resumed; before the model is loaded.
+        ValueError: `cfg.resume_from_checkpoint` can't be resumed, or the run can't be split over
+            the processes; before the model is loaded.
     """
 
     @override
-    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **overrides: Any):
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        *args: Any,
+        process_timeout: float = DEFAULT_TIMEOUT,
+        **overrides: Any,
+    ):
         check_resumable(cfg)
+        self.processes = Processes.start(cfg.device, process_timeout)
+        if self.processes is not None:
+            _prepare_for(self.processes, cfg)
         super().__init__(cfg, *args, **overrides)
+        if self.processes is not None:
+            take_share(self.activations_store, self.processes, cfg.train_batch_size_tokens)
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        if self.cfg.resume_from_checkpoint is not None:
-            # SAELens does this while its prefetching thread draws from the same generator.
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
         # `InterruptibleFit` replaces these until the trained SAE is saved.
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with fused_adam():
-                return super().run()
-        finally:
+        with ExitStack() as at_exit:
             for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+                at_exit.callback(signal.signal, signum, handler)
+            if self.processes is not None:
+                at_exit.callback(self.processes.close)
+            return self._run(at_exit)
+
+    def _run(self, at_exit: ExitStack) -> TrainingSAE[Any]:
+        cfg, processes = self.cfg, self.processes
+        self._set_sae_metadata()
+        is_first = processes is None or processes.rank == 0
+        if cfg.logger.log_to_wandb:
+            wandb.init(
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                config=cfg.to_dict(),
+                name=cfg.logger.run_name,
+                id=cfg.logger.wandb_id,
+                mode=None if is_first else "disabled",
+            )
+        if cfg.resume_from_checkpoint is not None:
+            self._load_position(Path(cfg.resume_from_checkpoint))
+        batches: Iterator[torch.Tensor] = self.activations_store
+        if cfg.prefetch_llm_batches:
+            batches = PrefetchingIterator(batches, prefetch=int(cfg.prefetch_llm_batches))
+            at_exit.callback(batches.close)
+        trainer = MatryoshkaTrainer(
+            sae=self.sae,
+            data_provider=batches,
+            evaluator=self.evaluator if is_first else None,
+            save_checkpoint_fn=self.save_checkpoint,
+            cfg=cfg.to_sae_trainer_config(),
+            group=None if processes is None else processes.group,
+        )
+        if cfg.resume_from_checkpoint is not None:
+            trainer.load_trainer_state(cfg.resume_from_checkpoint)
+            self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
+        self._compile_sae_if_needed()
+        sae = self.run_trainer_with_interruption_handling(trainer)
+        if cfg.output_path is not None and is_first:
+            self.save_final_sae(
+                sae=sae,
+                output_path=cfg.output_path,
+                log_feature_sparsity=trainer.log_feature_sparsity,
+            )
+        if cfg.logger.log_to_wandb:
+            wandb.finish()
+        return sae
 
     @override
-    def run_trainer_with_interruption_handling(self, trainer: Trainer) -> TrainingSAE[Any]:
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
         # Otherwise a resumed trainer saves one more checkpoint for each threshold it has passed.
         trainer.checkpoint_thresholds = [
             n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples
@@ -85,9 +150,43 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         # Checkpoints that SAELens' own runner saved during a step do not count it.
         trainer.n_training_steps = n_completed_steps(trainer)
         trainer.save_checkpoint = partial(save_atomically, trainer, trainer.save_checkpoint)
-        sae = InterruptibleFit(trainer).run()
+        fit = InterruptibleFit(trainer, self.processes)
+        if self.processes is not None:
+            trainer.data_provider = self.processes.together(
+                trainer.data_provider,
+                signum=lambda: fit.signum,
+                n_texts=lambda: self.activations_store.n_dataset_processed,
+            )
+        sae = fit.run()
         reorder_latents(trainer)  # the SAE that is saved, and the sparsities beside it
+        if isinstance(sae, NestedTrainingSAE):
+            sae.join_statistics()
         return sae
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        if self.processes is not None and checkpoint_path is not None:
+            save_positions(checkpoint_path, self.processes)
+
+    def _load_position(self, checkpoint: Path) -> None:
+        if self.processes is None:
+            self.activations_store.load_from_checkpoint(checkpoint)
+        else:
+            load_position(self.activations_store, checkpoint, self.processes)
+
+
+def _prepare_for(processes: Processes, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Check that these processes can split the run, and let them write to the same folders."""
+    processes.check_equal(flat(cfg.to_dict(), "the config"))
+    batch_size = cfg.train_batch_size_tokens
+    if batch_size % processes.n:
+        raise invalid_option(
+            "train_batch_size_tokens",
+            batch_size,
+            f"a multiple of {processes.n}: each process has its share of the batch",
+        )
+    cfg.checkpoint_path = processes.from_rank_0(cfg.checkpoint_path)
 
 
 def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

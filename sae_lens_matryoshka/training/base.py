@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
@@ -12,6 +13,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.kernels.dispatch import Backend, backend_for
 from sae_lens_matryoshka.kernels.transfers import to_device
 from sae_lens_matryoshka.training.decoder_norm import DecoderNormConstraint, set_norms_to_1
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.training.latent_order import level_order, rank_of, update_rates
 from sae_lens_matryoshka.training.objective import (
     LevelLosses,
@@ -52,6 +54,7 @@ class NestedTrainingSAE(SavedTrainingSAE):
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self._decoder_norm = DecoderNormConstraint(cfg.decoder_norm)
+        self.joined_batch = JoinedBatch()
         if cfg.latent_order == "frequency":
             rates = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
             self.register_buffer("firing_rates", rates)
@@ -64,6 +67,16 @@ class NestedTrainingSAE(SavedTrainingSAE):
         if self.cfg.decoder_norm != "free":
             with torch.no_grad():
                 set_norms_to_1(self.W_dec)
+
+    def split_batches(self, group: dist.ProcessGroup) -> None:
+        """Train on the joined batch of several processes, each of which has as many rows of it.
+
+        The gradients are left to the trainer: those of the joined batch are the processes' mean.
+        """
+        self.joined_batch = JoinedBatch(group)
+
+    def join_statistics(self) -> None:
+        """Give every process what the saved SAE depends on besides weights and buffers."""
 
     def level_order(self) -> Int[torch.Tensor, " d_sae"] | None:
         """Latents in level order, or None if that is the order of their indices."""
@@ -141,7 +154,9 @@ class NestedTrainingSAE(SavedTrainingSAE):
     ) -> None:
         """Update the firing rates that order the latents of the next step; padding has score 0."""
         if self.cfg.latent_order == "frequency":
-            self.firing_rates = update_rates(self.firing_rates, latents, scores != 0, batch_size)
+            self.firing_rates = update_rates(
+                self.firing_rates, latents, scores != 0, batch_size, self.joined_batch
+            )
 
     def level_metrics(
         self,
@@ -197,13 +212,21 @@ class NestedTrainingSAE(SavedTrainingSAE):
         return self.reference_levels(acts.to_dense(), sae_in, fixed).losses
 
     def require_finite(self, output: TrainStepOutput, step_input: TrainStepInput) -> None:
-        """Check that the loss is finite.
+        """Check that the loss is finite on every process.
 
         Raises:
-            ValueError: it is not; the message names the first tensor that is not.
+            ValueError: it is not; the message names the first tensor that is not, or the process.
         """
-        if output.loss.isfinite():
+        is_finite = self.joined_batch.by_rank(output.loss.detach().isfinite().long())
+        if is_finite.all():
             return
+        unchanged = (
+            "No weight was changed by this batch, and checkpoints saved before it are intact."
+        )
+        stopped = f"Training stopped at step {step_input.n_training_steps}: "
+        rank = int(is_finite.argmin())
+        if rank != self.joined_batch.rank:
+            raise ValueError(f"{stopped}the loss of rank {rank} is not finite. {unchanged}")
         tensors = {
             "sae_in (the activations)": step_input.sae_in,
             **{f"the parameter {name}": value for name, value in self.named_parameters()},
@@ -217,7 +240,6 @@ class NestedTrainingSAE(SavedTrainingSAE):
         )
         n_nan, n_inf = int(value.isnan().sum()), int(value.isinf().sum())
         raise ValueError(
-            f"Training stopped at step {step_input.n_training_steps}: {name}, of shape "
-            f"{tuple(value.shape)}, holds {n_nan} NaN and {n_inf} infinite values. No weight was "
-            "changed by this batch, and checkpoints saved before it are intact."
+            f"{stopped}{name}, of shape {tuple(value.shape)}, holds {n_nan} NaN and {n_inf} "
+            f"infinite values{self.joined_batch.on_rank}. {unchanged}"
         )

@@ -7,6 +7,7 @@ from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from sae_lens import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.dispatch import Backend
+from sae_lens_matryoshka.kernels.joined_selection import JoinedBatchTopK, select_joined
 from sae_lens_matryoshka.kernels.out_of_memory import name_tensor_on_oom
 from sae_lens_matryoshka.kernels.transfers import TrueIndices
 from sae_lens_matryoshka.training.base import NestedTrainingSAE, StepPlan
@@ -170,16 +172,26 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         dtype, device = x.dtype, x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        with name_tensor_on_oom("the pre-activations", (len(x), self.cfg.d_sae), dtype):
-            codes = backend.select(
+
+        def select(n_keep: int) -> Codes:
+            return backend.select(
                 x,
                 self.W_enc,
                 self.b_enc,
                 self._score_norms(),
-                int(self.activation_fn.k * len(x)),  # type: ignore[attr-defined]
+                n_keep,
                 self._last_cut,
                 self.cfg.selection,
             )
+
+        batch_size = self.joined_batch.size(len(x))
+        n_keep = int(self.activation_fn.k * batch_size)  # type: ignore[attr-defined]
+        with name_tensor_on_oom("the pre-activations", (len(x), self.cfg.d_sae), dtype):
+            if self.joined_batch.group is None:
+                codes = select(n_keep)
+            else:
+                most = len(x) * self.cfg.d_sae
+                codes = select_joined(select, n_keep, most, self.joined_batch.group)
         self._last_cut = codes.cut
         return codes
 
@@ -239,7 +251,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         if start is None or step > start:
             self.update_topk_threshold(forward.scores)
         self.count_firings(forward.scores, forward.latents, len(sae_in))
-        self._sample.add(sae_in.detach())
+        self._sample.add(sae_in.detach(), self.joined_batch)
         # with sampled prefixes, no step computes the losses of the levels to be judged
         if not self.cfg.is_sampled and self._monitor.is_due(step):
             losses, ranks = forward.levels.losses, plan.ranks(forward.latents)
@@ -251,15 +263,24 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Float[torch.Tensor, " n"]) -> None:
         # as SAELens', without waiting for the device to say whether any score is positive
-        if acts_topk.numel() == 0:
-            return
         before, rate = self.topk_threshold, self.cfg.topk_threshold_lr
-        is_positive = acts_topk > 0
-        smallest = acts_topk.masked_fill(~is_positive, torch.inf).min().to(before.dtype)
+        scores = torch.cat([acts_topk.new_full((1,), torch.inf), acts_topk])
+        smallest = scores.masked_fill(scores <= 0, torch.inf).min().to(before.dtype)
+        smallest = self.joined_batch.min(smallest)
         after = (1 - rate) * before + rate * smallest
         if self.cfg.topk_threshold_start_step is not None:
             after = torch.where(before == 0, smallest, after)  # the first cut it sees
-        self.topk_threshold = torch.where(is_positive.any(), after, before)
+        self.topk_threshold = torch.where(smallest < torch.inf, after, before)
+
+    @override
+    def split_batches(self, group: dist.ProcessGroup) -> None:
+        super().split_batches(group)
+        self.activation_fn = JoinedBatchTopK(self.cfg.k, group)
+
+    @override
+    @torch.no_grad()
+    def join_statistics(self) -> None:
+        self._sample.join(self.joined_batch)
 
     @override
     @torch.no_grad()
@@ -293,6 +314,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         unwhitening_matrix: torch.Tensor,
     ) -> None:
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        self.join_statistics()  # rows of other processes are 0, which the mean would move
         if self._sample.rows is not None:
             rows = self._sample.rows.to(unwhitening_matrix)
             self._sample.replace(rows @ unwhitening_matrix + mean)

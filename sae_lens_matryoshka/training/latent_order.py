@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch
+
 # the dimension over latents of each tensor that a training SAE of this package holds
 LATENT_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "firing_rates": 0}
 
@@ -22,18 +24,21 @@ def update_rates(
     latents: Int[torch.Tensor, " n"],
     is_firing: Bool[torch.Tensor, " n"],
     batch_size: int,
+    joined_batch: JoinedBatch,
 ) -> Float[torch.Tensor, " d_sae"]:
     """The moving average of how often each latent fires, after one more batch.
 
     Args:
         rates: Firings per activation.
-        latents: Latents of the batch's codes.
+        latents: Latents of this process's codes.
         is_firing: Which of the codes count.
-        batch_size: Activations in the batch.
+        batch_size: Activations of this process.
+        joined_batch: The batches of all processes.
     """
     # integers add up to the same in any order, and bincount would wait for the device
     counts = torch.zeros_like(rates, dtype=torch.int64).index_add_(0, latents, is_firing.long())
-    return rates.lerp(counts.to(rates) / batch_size, _RATE)
+    counts = joined_batch.sum(counts)
+    return rates.lerp(counts.to(rates) / joined_batch.size(batch_size), _RATE)
 
 
 def level_order(rates: Float[torch.Tensor, " d_sae"]) -> Int[torch.Tensor, " d_sae"]:

@@ -1,11 +1,13 @@
 """JumpReLU thresholds that keep as many latents as BatchTopK did in training."""
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
 from sae_lens import SAE, JumpReLUSAE
 
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.util.checks import checked_number
 
 _CHUNK_ELEMENTS = 2**24  # of the scores that are in memory at once
@@ -160,32 +162,51 @@ class ActivationSample:
         self._n_filled = 0
         self._oldest = 0
         self._offset = 0
+        self._is_joined = True
 
     @property
     def rows(self) -> torch.Tensor | None:
         """(N, d_in); None before the first batch."""
         return None if self._rows is None else self._rows[: self._n_filled]
 
-    def add(self, batch: torch.Tensor) -> None:
-        """Take rows of a batch (B, d_in) of activations."""
+    def add(self, batch: torch.Tensor, joined_batch: JoinedBatch) -> None:
+        """Take rows of a joined batch, of which this process has `batch` (B, d_in).
+
+        Rows of other processes are 0 here until `join`.
+        """
         if self._rows is None:
             d_in = batch.shape[1]
             n_rows = max(1, min(self.MAX_ROWS, self.MAX_ELEMENTS // d_in))
             self._rows = batch.new_empty(n_rows, d_in)
-        size = len(self._rows)
+        size, n_joined = len(self._rows), joined_batch.size(len(batch))
         if self._n_filled < size:
             start = self._n_filled
-            new = batch[: size - start]
-            self._n_filled += len(new)
+            taken = range(min(n_joined, size - start))
+            self._n_filled += len(taken)
         else:
             # Spread over the batch, from another row each time: it may be texts in their order.
-            stride = max(1, len(batch) // self.N_REFRESHED)
+            stride = max(1, n_joined // self.N_REFRESHED)
             start, self._offset = self._oldest, (self._offset + 1) % stride
-            new = batch[self._offset :: stride][: min(self.N_REFRESHED, size - start)]
-            self._oldest = (start + len(new)) % size
-        self._rows[start : start + len(new)] = new
+            taken = range(self._offset, n_joined, stride)
+            taken = taken[: min(self.N_REFRESHED, size - start)]
+            self._oldest = (start + len(taken)) % size
+        self._is_joined = joined_batch.group is None
+        slots = self._rows[start : start + len(taken)]
+        if not self._is_joined:
+            slots.zero_()
+        first = joined_batch.rank * len(batch)
+        begin, end = bisect_left(taken, first), bisect_left(taken, first + len(batch))
+        if begin < end:
+            own = taken[begin:end]
+            slots[begin:end] = batch[own.start - first : own.stop - first : own.step]
 
     def replace(self, rows: torch.Tensor) -> None:
         """Put `rows` (N, d_in) in the place of the present ones."""
         assert self._rows is not None
         self._rows[: self._n_filled] = rows
+
+    def join(self, joined_batch: JoinedBatch) -> None:
+        """Give every process the rows of all of them."""
+        if self._rows is not None and not self._is_joined:
+            self._rows = joined_batch.sum(self._rows)
+            self._is_joined = True
