@@ -63,7 +63,7 @@ class InterruptibleFit:
         try:
             return trainer.fit()
         except AgreedStop as stop:
-            self._stop(stop.signum, f" (rank {stop.rank})")
+            self._stop(stop.signum, f"rank {stop.rank} was told to stop; ")
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 _free_memory(trainer, error)
@@ -73,7 +73,9 @@ class InterruptibleFit:
             if self._processes is not None:
                 trainer.is_writer, final = self._processes.rally(error)
             if n_completed_steps(trainer) > n_steps_before:
-                logger.error(self._save()[1])
+                message = self._save()[1]
+                if trainer.is_writer:
+                    logger.error(message)
             if final is not error:
                 raise final from error
             raise
@@ -104,11 +106,11 @@ class InterruptibleFit:
         self._undo_step = _undo_counters(self._trainer)
         return self._begin_step()
 
-    def _stop(self, signum: int, where: str = "") -> NoReturn:
+    def _stop(self, signum: int, told: str = "") -> NoReturn:
         if self._activity is None:
             raise TrainingInterrupted(signum, _NOTHING_TO_SAVE)
         checkpoint, message = self._save()
-        raise TrainingInterrupted(signum, f"{message}{where}", checkpoint)
+        raise TrainingInterrupted(signum, f"{told}{message}", checkpoint)
 
     def _save(self) -> tuple[Path | None, str]:
         """Save the run as it is: the checkpoint, if there is one, and what to tell the user."""

@@ -47,7 +47,7 @@ class Processes:
         group: Their process group: gloo for tensors on the CPU, NCCL for those on CUDA.
         rank: The number of this process.
         n: How many there are.
-        n_texts: How many texts each had read, by rank, when they last agreed.
+        n_texts: How many texts each had read, by rank, when they last agreed to go on.
     """
 
     def __init__(self, store: Store, timeout: float) -> None:
@@ -55,7 +55,7 @@ class Processes:
         self.group = dist.group.WORLD
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self.n_texts = [0] * self.n
-        self._store = PrefixStore(f"sae_lens_matryoshka/{next(_n_started)}", store)
+        self._store = store
         self._timeout = timedelta(seconds=timeout)
 
     @classmethod
@@ -77,6 +77,7 @@ class Processes:
         limit = timedelta(seconds=timeout)
         try:
             store, rank, n = next(rendezvous("env://", timeout=limit))
+            store = PrefixStore(f"run {next(_n_started)}", store)  # keys of an earlier run stay
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=limit)
         except (dist.DistError, ValueError) as error:
@@ -145,7 +146,7 @@ class Processes:
             except Exception as caught:
                 error = caught
             states = self.exchange(signum(), batch is None, n_texts())
-            signals, without_batch, self.n_texts = (list(column) for column in zip(*states, strict=True))
+            signals, without_batch, read = map(list, zip(*states, strict=True))
             for rank in range(self.n):
                 if signals[rank]:
                     raise AgreedStop(signals[rank], rank)
@@ -155,6 +156,7 @@ class Processes:
                 rank = without_batch.index(1)
                 raise ProcessFailed(f"rank {rank} has no more activations")
             assert batch is not None
+            self.n_texts = read
             yield batch
 
     def rally(self, error: Exception) -> tuple[bool, Exception]:
@@ -168,17 +170,18 @@ class Processes:
             self.close()  # so that those who wait for this process notice
         messages = self._tell(f"{type(error).__name__}: {error}" if is_own else "")
         is_first = self.rank == min(messages)
-        if is_own or isinstance(error, ProcessFailed):
+        if is_own:
             return is_first, error
         failed = [f"rank {rank} failed with {text}" for rank, text in messages.items() if text]
         missing = [f"rank {rank}" for rank in range(self.n) if rank not in messages]
-        if missing:
+        if missing and not isinstance(error, ProcessFailed):
             failed.append(
                 f"{' and '.join(missing)} ended, or did not answer within "
                 f"{self._timeout.total_seconds():g} s"
             )
-        what = "; ".join(failed) or f"the connection between the processes broke ({error})"
-        return is_first, ProcessFailed(what)
+        if failed or not isinstance(error, ProcessFailed):
+            error = ProcessFailed("; ".join(failed) or "the others gave up waiting for this one")
+        return is_first, error
 
     def _tell(self, message: str) -> dict[int, str]:
         """Leave a message, and collect those of every process that is left."""

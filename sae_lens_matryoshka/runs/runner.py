@@ -82,11 +82,14 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     ):
         check_resumable(cfg)
         self.processes = Processes.start(cfg.device, process_timeout)
-        if self.processes is not None:
-            _prepare_for(self.processes, cfg)
-        super().__init__(cfg, *args, **overrides)
-        if self.processes is not None:
-            take_share(self.activations_store, self.processes, cfg.train_batch_size_tokens)
+        with ExitStack() as on_error:
+            if self.processes is not None:
+                on_error.callback(self.processes.close)
+                _prepare_for(self.processes, cfg)
+            super().__init__(cfg, *args, **overrides)
+            if self.processes is not None:
+                take_share(self.activations_store, self.processes, cfg.train_batch_size_tokens)
+            on_error.pop_all()
 
     @override
     def run(self) -> TrainingSAE[Any]:

@@ -39,7 +39,9 @@ def take_share(store: ActivationsStore, processes: Processes, batch_size: int) -
 def save_positions(folder: Path, processes: Processes) -> None:
     """Write the state of the store to a checkpoint: for each process, and as one process has it."""
     n_texts = torch.tensor(processes.n_texts)
-    state = {"n_dataset_processed": n_texts.max() * processes.n, "n_texts_of_ranks": n_texts}
+    # SAELens counts a text when it asks for the next: the last of each process is not counted
+    n_joined = (n_texts.max() + 1) * processes.n - 1
+    state = {"n_dataset_processed": n_joined, "n_texts_of_ranks": n_texts}
     save_file(state, folder / ACTIVATIONS_STORE_STATE_FILENAME)
 
 
@@ -54,7 +56,8 @@ def load_position(store: ActivationsStore, folder: Path, processes: Processes) -
     if len(by_rank) == processes.n:
         position = by_rank[processes.rank]
     else:
-        position = -(-state["n_dataset_processed"] // processes.n)
+        n_read = state["n_dataset_processed"] + 1
+        position = -(-n_read // processes.n) - 1
     with TemporaryDirectory() as own:
         save_file({"n_dataset_processed": position}, f"{own}/state.safetensors")
         store.load(f"{own}/state.safetensors")

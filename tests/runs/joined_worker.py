@@ -89,7 +89,9 @@ def main(out: Path) -> None:
             joined = train(name, dtype, share, dist.group.WORLD)
             alone = train(name, dtype, batches, None)
             errors[f"{name} {dtype}"] = {
-                key: ((joined[key] - alone[key]).double().norm() / (1 + alone[key].double().norm())).item()
+                key: (
+                    (joined[key] - alone[key]).double().norm() / (1 + alone[key].double().norm())
+                ).item()
                 for key in alone
             }
     if rank == 0:

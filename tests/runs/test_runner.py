@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.runs import trainer as trainer_module
 from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner, check_resumable
 from tests.tiny import D_MODEL, N_CTX, runner_config, tiny_model, token_dataset
@@ -349,16 +350,16 @@ def test_nan_activations_keep_the_step_before(make_runner, monkeypatch):
 
 def test_step_that_breaks_off_after_counting_is_undone(make_runner, monkeypatch):
     runner = make_runner()
-    clip, n_calls = torch.nn.utils.clip_grad_norm_, 0
+    measure, n_calls = trainer_module.get_total_norm, 0
 
-    def clip_or_fail(*args):
+    def measure_or_fail(*args):
         nonlocal n_calls
         n_calls += 1
         if n_calls == 6:
             raise torch.OutOfMemoryError("no memory for the gradient")
-        return clip(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_fail)
+    monkeypatch.setattr(trainer_module, "get_total_norm", measure_or_fail)
     gradients_when_saving = []
     save = SAETrainer.save_trainer_state
 

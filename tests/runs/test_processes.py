@@ -1,0 +1,151 @@
+"""Several processes train the SAE that one process would, and end together whatever happens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_lens_matryoshka.runs.processes import Processes
+from tests.runs import faulty_worker
+from tests.runs.variants import VARIANTS
+
+
+def torchrun(n: int, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n), "-m", f"tests.runs.{module}", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def errors(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, float]]:
+    """Of each tensor after 50 steps, against one process with the joined batch."""
+    out = tmp_path_factory.mktemp("joined") / "errors.json"
+    finished = torchrun(request.param, "joined_worker", out)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_as_one_process_with_the_joined_batch(
+    errors: dict[str, dict[str, float]], variant: str, dtype: str, tolerance: float
+) -> None:
+    if variant == "jumprelu":
+        tolerance = max(tolerance, 1e-6)  # SAELens' thresholds are float32
+    too_far = {k: e for k, e in errors[f"{variant} {dtype}"].items() if not e <= tolerance}
+    assert not too_far
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ends")
+
+
+def ends_on(folder: Path, n: int, *faults: str) -> tuple[dict[int, dict[str, Any]], str]:
+    """How each run ended, by rank, and what was logged."""
+    finished = torchrun(n, "faulty_worker", folder, *faults)
+    files = {rank: folder / f"rank_{rank}.json" for rank in range(n)}
+    ends = {rank: json.loads(file.read_text()) for rank, file in files.items() if file.exists()}
+    for file in files.values():
+        file.unlink(missing_ok=True)
+    return ends, finished.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> dict[int, tuple[dict[int, dict[str, Any]], str]]:
+    """Runs of three processes of which one is killed."""
+    return {rank: ends_on(folder / str(rank), 3, f"killed@{rank}") for rank in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def ends(folder: Path, killed: Any) -> dict[int, dict[str, Any]]:
+    """Runs of two processes, one after the other."""
+    (folder / "killed").symlink_to(folder / "0" / "killed")
+    faults = ["other config", "nan", "end", "unreadable", "sigterm", "resume sigterm"]
+    return ends_on(folder, 2, *faults, "none", "resume killed")[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_and_the_last_step_saved(
+    killed: dict[int, tuple[dict[int, dict[str, Any]], str]], folder: Path, rank: int
+) -> None:
+    ends, log = killed[rank]
+    assert ends.keys() == {0, 1, 2} - {rank}
+    for end in ends.values():
+        assert end[f"killed@{rank}"]["error"] == "ProcessFailed"
+        assert end[f"killed@{rank}"]["message"].startswith(f"rank {rank} ended, or did not answer")
+    checkpoint = faulty_worker.checkpoint_of(folder / str(rank) / "killed")
+    assert log.count(f"is saved in {checkpoint}") == 1
+    state = torch.load(checkpoint / "trainer_state.pt")
+    assert state["n_training_steps"] == 5
+    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {5}
+    assert state["n_frac_active_samples"] == 5 * faulty_worker.BATCH
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "error", "message"),
+    [
+        ("other config", 0, "ValueError", "sae.k is 4 on rank 0 and 5 on rank 1"),
+        ("other config", 1, "ValueError", "sae.k is 4 on rank 0 and 5 on rank 1"),
+        ("nan", 0, "ValueError", "step 5: the loss of rank 1 is not finite"),
+        ("nan", 1, "ValueError", "holds 768 NaN and 0 infinite values on rank 1"),
+        ("end", 0, "ProcessFailed", "rank 1 has no more activations"),
+        ("end", 1, "ProcessFailed", "rank 1 has no more activations"),
+        ("unreadable", 0, "ProcessFailed", "rank 1 failed with OSError: the disk is gone"),
+        ("unreadable", 1, "OSError", "the disk is gone"),
+        ("sigterm", 0, "TrainingInterrupted", "SIGTERM: rank 1 was told to stop; step 5 (480 "),
+        ("sigterm", 1, "TrainingInterrupted", "SIGTERM: rank 1 was told to stop; step 5 (480 "),
+    ],
+)
+def test_all_processes_end_with_one_message(
+    ends: dict[int, dict[str, Any]], folder: Path, fault: str, rank: int, error: str, message: str
+) -> None:
+    end = ends[rank][fault]
+    assert end["error"] == error
+    assert message in end["message"]
+    if fault == "sigterm":
+        assert end["checkpoint"] == str(faulty_worker.checkpoint_of(folder / fault))
+    elif fault != "other config":
+        state = torch.load(faulty_worker.checkpoint_of(folder / fault) / "trainer_state.pt")
+        assert (state["n_training_steps"], state["n_training_samples"]) == (5, 480)
+
+
+def test_any_number_of_processes_trains_and_resumes_the_same_sae(
+    ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    """Two at once, two stopped and resumed, three killed and two resumed, two and then one."""
+    assert "n_texts" in faulty_worker.run(tmp_path / "one")
+    checkpoint = str(faulty_worker.checkpoint_of(folder / "sigterm"))
+    assert "n_texts" in faulty_worker.run(tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    expected = load_file(tmp_path / "one" / "output" / "sae_weights.safetensors")
+    resumed = folder / "resume_sigterm", folder / "resume_killed", tmp_path / "resumed"
+    for output in (folder / "none", *resumed):
+        weights = load_file(output / "output" / "sae_weights.safetensors")
+        if output in resumed:  # a resumed run calibrates it on a new sample
+            threshold = weights.pop("threshold")
+            torch.testing.assert_close(threshold, expected["threshold"], rtol=1e-2, atol=0)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    ends, _ = ends_on(tmp_path, 2, "stuck")
+    assert ends[0]["stuck"]["message"] == "rank 1 ended, or did not answer within 5 s"
+    assert ends[1]["stuck"]["message"] == "the others gave up waiting for this one"
+    state = torch.load(faulty_worker.checkpoint_of(tmp_path / "stuck") / "trainer_state.pt")
+    assert state["n_training_steps"] == 5
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "soon"])
+def test_bad_timeout(timeout: Any) -> None:
+    with pytest.raises(ValueError, match=r"process_timeout=.* give a positive number of seconds"):
+        Processes.start("cpu", timeout)
