@@ -28,9 +28,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from sae_lens_matryoshka.runs.config import build_run_config, read_config, sae_config_class
-    from sae_lens_matryoshka.runs.dry_run import describe_run
-    from sae_lens_matryoshka.runs.runner import check_resumable
+    from sae_lens_matryoshka.runs.config_file import read_config
+    from sae_lens_matryoshka.runs.field_names import check_field_names
 
     words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
     has_config = bool(words) and not words[0].startswith("-")
@@ -40,7 +39,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the config comes first, before the flags.")
     if "sae.architecture" in flags:
         values["sae.architecture"] = " ".join(flags.pop("sae.architecture"))
-    if "--help" in args.words or "-h" in args.words:
+    wants_help = "--help" in args.words or "-h" in args.words
+    if not wants_help:
+        check_field_names(values, flags, options=("dry-run", "help"))
+
+    from sae_lens_matryoshka.runs.config import build_run_config, sae_config_class
+    from sae_lens_matryoshka.runs.dry_run import describe_run
+    from sae_lens_matryoshka.runs.runner import check_resumable
+
+    if wants_help:
         _print_help(sae_config_class(values))
         return 0
     cfg = build_run_config(values, flags)

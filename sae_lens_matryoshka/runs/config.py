@@ -4,10 +4,8 @@ Fields go by their dotted names here: `lr`, `sae.k`, `logger.log_to_wandb`.
 """
 
 import argparse
-import difflib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -21,11 +19,16 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from simple_parsing.utils import str2bool
 
-from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.runs.config_file import Loader, flat, read_config
+from sae_lens_matryoshka.runs.field_names import (
+    DEFAULT_ARCHITECTURE,
+    SECTIONS,
+    unknown_field,
+    without_no,
+)
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
-_SECTIONS = ("sae", "logger")
 # SAELens divides by these, or loops forever, unless they are positive.
 _COUNTS = (
     "context_size",
@@ -46,16 +49,6 @@ _ACCEPTED = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads dates as text: no field is a date."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def load_run_config(
     path: Path | str, overrides: Mapping[str, Any] | None = None
 ) -> LanguageModelSAERunnerConfig[Any]:
@@ -73,39 +66,9 @@ def load_run_config(
     return build_run_config(read_config(path) | flat(overrides or {}, "overrides"))
 
 
-def read_config(path: Path | str) -> dict[str, Any]:
-    """The fields in a YAML file, their values not yet checked; raises as `load_run_config`."""
-    try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or error
-        raise ValueError(f"{path}{line} is not YAML: {problem}.") from error
-    return flat(config, str(path))
-
-
-def flat(config: Any, name: str, prefix: str = "") -> dict[str, Any]:
-    """The fields of a nested config, or with a prefix of its section; errors call it `name`."""
-    if not isinstance(config, Mapping):
-        raise invalid_option(name, config, "a mapping of fields to values")
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        section, dot, field = str(key).partition(".")
-        if dot:
-            raise ValueError(f"{key} is not a field: nest it, {section}: {{{field}: …}}.")
-        if key in _SECTIONS and not prefix:
-            values |= flat({} if value is None else value, key, f"{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values
-
-
 def sae_config_class(values: Mapping[str, Any]) -> type[TrainingSAEConfig]:
     """The class that `sae.architecture` names, by default that of "matryoshka"."""
-    architecture = values.get("sae.architecture", MatryoshkaTrainingSAEConfig.architecture())
+    architecture = values.get("sae.architecture", DEFAULT_ARCHITECTURE)
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         names = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
         raise invalid_option("sae.architecture", architecture, f"one of {names}")
@@ -175,20 +138,11 @@ def field_types(sae_class: type[TrainingSAEConfig]) -> dict[str, Any]:
 
     def of(config_class: type, prefix: str = "") -> dict[str, Any]:
         types = get_type_hints(config_class)
-        names = [f.name for f in fields(config_class) if f.name not in _SECTIONS]
+        names = [f.name for f in fields(config_class) if f.name not in SECTIONS]
         return {f"{prefix}{name}": types[name] for name in names}
 
     run = of(LanguageModelSAERunnerConfig)
     return {**run, "sae.architecture": str, **of(sae_class, "sae."), **of(LoggingConfig, "logger.")}
-
-
-def unknown_field(name: str, names: Iterable[str]) -> ValueError:
-    """The error for a field that is not one of `names`."""
-    leaf_of = {known: known.rpartition(".")[2] for known in (*names, *_SECTIONS)}
-    near = difflib.get_close_matches(name.rpartition(".")[2], leaf_of.values(), n=1)
-    suggested = [known for known, leaf in leaf_of.items() if leaf in near]
-    hint = f"; did you mean {' or '.join(suggested)}?" if suggested else "."
-    return ValueError(f"{name} is not a field of a training config{hint}")
 
 
 def _from_flag(name: str, words: Sequence[str], types: Mapping[str, Any]) -> tuple[str, Any]:
@@ -199,7 +153,7 @@ def _from_flag(name: str, words: Sequence[str], types: Mapping[str, Any]) -> tup
         if types[name] is bool:
             return name, True
         raise ValueError(f"--{name} lacks a value.")
-    positive = re.sub(r"\bno(\w+)$", r"\1", name)  # --nostreaming
+    positive = without_no(name)
     if types.get(positive) is bool and not words:
         return positive, False
     raise unknown_field(name, types)
@@ -229,7 +183,7 @@ def _from_yaml(word: str) -> Any:
     if word.lower() in ("null", "none"):
         return None
     try:
-        value = yaml.load(word, _Loader)
+        value = yaml.load(word, Loader)
     except (yaml.YAMLError, ValueError):
         return word
     # an empty word, as of a variable that is not set, is no null

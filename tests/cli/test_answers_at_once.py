@@ -17,8 +17,15 @@ ANSWERS = {  # the first word, the rest, and the answer
     **{
         f"{name} --wrong": f"error: --wrong is not an option of sae-matryoshka {name}"
         for name in COMMANDS
-        if name != "train"  # its options are fields of SAELens' classes
+        if name != "train"  # its options are fields of a config
     },
+    "train --wrong 3": "error: wrong is not a field of a training config.",
+    "train --lrr 3 --dry-run": "error: lrr is not a field of a training config; did you mean lr?",
+    "train --k=3": "error: k is not a field of a training config; did you mean sae.k?",
+    "train --sae.architecture jumprelu --sae.k 3": "error: sae.k is not a field",
+    "train --dryrun": "error: dryrun is not a field of a training config; did you mean dry-run?",
+    "train none.yaml": "error: none.yaml cannot be read",
+    "train lr": "error: lr cannot be read",
     "levels sae --activation x --datset y": "--datset is not an option of sae-matryoshka levels; "
     "did you mean --dataset",
     "eval sae": "error: the following arguments are required: --out",
