@@ -24,6 +24,7 @@ from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConf
 from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.kernels.triton_support import why_no_triton
 from sae_lens_matryoshka.runs.fused_adam import fused_adam
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.training.monitoring import FIRST_CHECK, OBSERVED_EVERY
 from sae_lens_matryoshka.training.options import Implementation
 
@@ -82,7 +83,7 @@ class Contestant(ABC):
         self.setup = setup
         torch.manual_seed(0)
         self.batches = _batches(setup)
-        self._next_batch = itertools.cycle(self.batches).__next__
+        self.next_batch = itertools.cycle(self.batches).__next__
         self.dead = torch.zeros(setup.d_sae, dtype=torch.bool, device=setup.device)
         self.dead[torch.randperm(setup.d_sae)[: setup.n_dead]] = True
 
@@ -96,12 +97,12 @@ class Contestant(ABC):
 
 
 class InSAELens(Contestant):
-    """An SAE in SAELens' trainer, ours with the fused Adam of `MatryoshkaTrainingRunner`."""
+    """An SAE in SAELens' trainer, ours in that of `MatryoshkaTrainingRunner`."""
 
-    def __init__(self, name: str, setup: Setup):
+    def __init__(self, name: str, setup: Setup, **trainer_options: Any):
         super().__init__(setup)
-        is_fused = name in OUR_OPTIONS or name.startswith(OURS) or name.endswith(FUSED)
-        self._optimizer_context = fused_adam if is_fused else nullcontext
+        self._optimizer_context = fused_adam if name.endswith(FUSED) else nullcontext
+        is_ours = name in OUR_OPTIONS or name.startswith(OURS)
         name = name.removesuffix(FUSED)
         shape = {name: getattr(setup, name) for name in ("d_in", "d_sae", "k", "dtype", "device")}
         sae_cfg = sae_config(name, setup.widths, **shape)
@@ -116,7 +117,10 @@ class InSAELens(Contestant):
             dead_feature_window=10**6,
             feature_sampling_window=10**6,
         )
-        self.trainer = SAETrainer(cfg, self.sae, iter(()))
+        trainer_class = MatryoshkaTrainer if is_ours else SAETrainer
+        self.trainer = trainer_class(
+            cfg=cfg, sae=self.sae, data_provider=iter(()), **trainer_options
+        )
         # from here on the monitor of our SAEs observes steps
         self.trainer.n_training_steps = FIRST_CHECK // 2
 
@@ -125,7 +129,7 @@ class InSAELens(Contestant):
         with self.trainer.autocast_if_enabled:
             output = self.sae.training_forward_pass(
                 TrainStepInput(
-                    sae_in=self._next_batch(),
+                    sae_in=self.next_batch(),
                     coefficients={},
                     dead_neuron_mask=self.dead,
                     n_training_steps=self.trainer.n_training_steps,
@@ -141,7 +145,7 @@ class InSAELens(Contestant):
         self.trainer.n_forward_passes_since_fired[self.dead] = 10**7
         self.trainer.maybe_reset_sparsity()
         with self._optimizer_context():
-            self.trainer.step(self._next_batch())
+            self.trainer.step(self.next_batch())
         self.trainer.n_training_steps += 1
 
     def monitored_step(self) -> None:
@@ -176,13 +180,13 @@ class InDictionaryLearning(Contestant):
     @override
     def forward_backward(self) -> None:
         self.trainer.num_tokens_since_fired[self.dead] = 10**9
-        self.trainer.loss(self._next_batch(), step=self.n_steps).backward()
+        self.trainer.loss(self.next_batch(), step=self.n_steps).backward()
         self.trainer.ae.zero_grad()
 
     @override
     def step(self) -> None:
         self.trainer.num_tokens_since_fired[self.dead] = 10**9
-        self.trainer.update(self.n_steps, self._next_batch())
+        self.trainer.update(self.n_steps, self.next_batch())
         self.n_steps += 1
 
 
