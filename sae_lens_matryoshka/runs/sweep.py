@@ -95,7 +95,10 @@ class SweepRunner:
             batches = PrefetchingIterator(batches, prefetch=int(cfg.prefetch_llm_batches))
         try:
             trainer = LockstepTrainer(
-                cfg.to_sae_trainer_config(), self._runners, batches, self._evaluate
+                cfg.to_sae_trainer_config(),
+                self._runners,
+                batches,
+                evaluator=None if self._shared.evaluator is None else self._evaluate,
             )
             if checkpoint is not None:
                 trainer.load_checkpoint(checkpoint)
