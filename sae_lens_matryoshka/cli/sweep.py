@@ -33,7 +33,13 @@ def train_and_compare(
     table = markdown_table(
         ["SAE", "width", "L0", "variance explained", "dead latents"],
         [
-            [name, str(row.width), f"{row.l0:.2f}", f"{row.explained_variance:.3f}", f"{row.n_dead}"]
+            [
+                name,
+                str(row.width),
+                f"{row.l0:.2f}",
+                f"{row.explained_variance:.3f}",
+                f"{row.n_dead}",
+            ]
             for name, rows in levels.items()
             for row in rows
         ],

@@ -22,7 +22,7 @@ from typing_extensions import override
 from sae_lens_matryoshka.runs.interruption import (
     free_memory,
     n_completed_steps,
-    require_finite,
+    not_finite,
     save_atomically,
     save_interrupted,
     undo_counters,
@@ -122,14 +122,9 @@ class LockstepTrainer(MultiSAETrainer):
         Raises:
             Exception: every SAE failed.
         """
-        outputs: dict[str, TrainStepOutput] = {}
-        errors: dict[str, Exception] = {}
-        for name, trainer in self.trainers.items():
-            try:
-                outputs[name] = trainer.step(batch)
-            except Exception as error:
-                free_memory(trainer, error)
-                errors[name] = error
+        results = {name: _output_or_error(each, batch) for name, each in self.trainers.items()}
+        errors = {name: each for name, each in results.items() if isinstance(each, Exception)}
+        outputs = {name: each for name, each in results.items() if not isinstance(each, Exception)}
         if not outputs:
             raise next(iter(errors.values()))
         for name, error in errors.items():
@@ -155,11 +150,9 @@ class LockstepTrainer(MultiSAETrainer):
 
     def _leave_out_what_is_not_finite(self) -> None:
         for name, trainer in list(self.trainers.items()):
-            try:
-                require_finite(trainer)
-            except ValueError as error:
+            if (error := not_finite(trainer)) is not None:
                 if len(self.trainers) == 1:
-                    raise
+                    raise error
                 self._leave_out(name, error)
 
     def _leave_out(self, name: str, error: Exception) -> None:
@@ -207,6 +200,16 @@ def _trainer_of(runner: LanguageModelSAETrainingRunner) -> SAETrainer[Any, Any]:
     )
     trainer.save_checkpoint = partial(save_atomically, trainer, trainer.save_checkpoint)
     return trainer
+
+
+def _output_or_error(
+    trainer: SAETrainer[Any, Any], batch: Float[torch.Tensor, "batch d_in"]
+) -> TrainStepOutput | Exception:
+    try:
+        return trainer.step(batch)
+    except Exception as error:
+        free_memory(trainer, error)
+        return error
 
 
 def _is_estimated(scaler: ActivationScaler) -> bool:

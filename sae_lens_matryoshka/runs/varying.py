@@ -103,22 +103,23 @@ def plan_sweep(
         ValueError: a field can't vary, a combination is not accepted or given twice, or the run has
             no `output_path` or starts from a trained SAE.
     """
+    if not vary:
+        raise ValueError("--vary lacks a value: give FIELD=value,value,…")
     combinations = list(_combinations(values, flags, vary))
-    check_distinct(name for name, *_ in combinations)
-    _, *given, chosen = combinations[0]
-    shared = {field: words for field, words in chosen.items() if field != _SEED}
-    cfg = _built("the first combination", *given, shared)
+    check_distinct(combination.name for combination in combinations)
+    first = combinations[0]
+    shared = {field: words for field, words in first.chosen.items() if field != _SEED}
+    cfg = _built(first._replace(chosen=shared))
     if cfg.output_path is None:
         raise invalid_option("output_path", None, "the folder for the SAEs of --vary")
     if cfg.from_pretrained_path is not None:
-        raise invalid_option(
-            "from_pretrained_path", cfg.from_pretrained_path, "none with --vary, or leave out --vary"
-        )
+        accepted = "none with --vary, whose SAEs start from weights of their own"
+        raise invalid_option("from_pretrained_path", cfg.from_pretrained_path, accepted)
     checkpoint, cfg.resume_from_checkpoint = cfg.resume_from_checkpoint, None
     cfgs = {}
-    for name, *given, chosen in combinations:
-        # it would print the same as `cfg`
-        cfgs[name] = alone = _built(name, *given, {**chosen, "verbose": ["false"]})
+    for combination in combinations:
+        name = combination.name
+        cfgs[name] = alone = _built(combination, verbose=["false"])  # `cfg` has printed it all
         alone.verbose, alone.logger = cfg.verbose, cfg.logger
         alone.output_path = f"{cfg.output_path}/{name}"
         alone.checkpoint_path = cfg.checkpoint_path and f"{cfg.checkpoint_path}/{name}"
@@ -126,10 +127,16 @@ def plan_sweep(
     return Sweep(cfg, cfgs)
 
 
+class _Combination(NamedTuple):
+    name: str
+    values: dict[str, Any]
+    flags: dict[str, Sequence[str]]
+    chosen: dict[str, Sequence[str]]  # further flags, for the varied fields
+
+
 def _combinations(
     values: Mapping[str, Any], flags: Mapping[str, Sequence[str]], vary: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Sequence[str]], dict[str, list[str]]]]:
-    """The name of each combination, its values and flags, and the flags that it varies."""
+) -> Iterator[_Combination]:
     axes = read_vary(text.removeprefix("sae.") for text in vary)
     varied = axes.pop(_ARCHITECTURE, [])
     values_of = [{**values, f"sae.{choice.field}": choice.text} for choice in varied] or [values]
@@ -141,11 +148,13 @@ def _combinations(
         foreign = known - types.keys()
         own = [axes[field] for field in axes if field == _SEED or f"sae.{field}" in types]
         for choices in product(*own):
-            yield (
-                "_".join(choice.label for choice in (*varied[i : i + 1], *choices)),
-                {field: value for field, value in values_of[i].items() if field not in foreign},
-                {field: words for field, words in flags.items() if field not in foreign},
-                {c.field if c.field == _SEED else f"sae.{c.field}": c.words for c in choices},
+            yield _Combination(
+                name="_".join(choice.label for choice in (*varied[i : i + 1], *choices)),
+                values={field: v for field, v in values_of[i].items() if field not in foreign},
+                flags={field: words for field, words in flags.items() if field not in foreign},
+                chosen={
+                    c.field if c.field == _SEED else f"sae.{c.field}": c.words for c in choices
+                },
             )
 
 
@@ -162,13 +171,9 @@ def _check_can_vary(field: str, known: Iterable[str]) -> None:
     raise unknown_field(field, can_vary)
 
 
-def _built(
-    name: str,
-    values: Mapping[str, Any],
-    flags: Mapping[str, Sequence[str]],
-    chosen: Mapping[str, Sequence[str]],
-) -> LanguageModelSAERunnerConfig[Any]:
+def _built(combination: _Combination, **flags: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    flags = {**combination.flags, **combination.chosen, **flags}
     try:
-        return build_run_config(values, {**flags, **chosen})
+        return build_run_config(combination.values, flags)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{combination.name}: {error}") from error
