@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     has_config = bool(words) and not words[0].startswith("-")
     values = read_config(words[0]) if has_config else {}
     flags = _flags(words[has_config:])
+    vary = flags.pop("vary", None)
     if not has_config and any(word.endswith((".yaml", ".yml")) for word in words):
         raise ValueError("the config comes first, before the flags.")
     if "sae.architecture" in flags:
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     is_dry_run = "--dry-run" in args.words
     command = [PROGRAM, "train", *words]
-    if "vary" in flags:
-        return _sweep(values, flags, is_dry_run, command)
+    if vary is not None:
+        return _sweep(values, flags, vary, is_dry_run, command)
     cfg = build_run_config(values, flags)
     check_resumable(cfg)
     if is_dry_run:
@@ -66,15 +67,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(
-    values: dict[str, Any], flags: dict[str, list[str]], is_dry_run: bool, command: list[str]
+    values: dict[str, Any],
+    flags: dict[str, list[str]],
+    vary: list[str],
+    is_dry_run: bool,
+    command: list[str],
 ) -> int:
     from sae_lens_matryoshka.runs.dry_run import describe_sweep
-    from sae_lens_matryoshka.runs.sweep import check_sweep_resumable
+    from sae_lens_matryoshka.runs.sweep import check_sweep
     from sae_lens_matryoshka.runs.varying import plan_sweep
 
-    vary = flags.pop("vary")
     sweep = plan_sweep(values, flags, vary)
-    check_sweep_resumable(sweep.cfgs)
+    check_sweep(sweep.cfgs)
     if is_dry_run:
         print(describe_sweep(sweep))
         return 0

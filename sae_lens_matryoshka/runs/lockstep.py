@@ -15,7 +15,6 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAEEvaluatorProtocol, MultiSAETrainer
-from sae_lens.training.sae_trainer import SAETrainer
 from tqdm.auto import tqdm
 from typing_extensions import override
 
@@ -27,11 +26,10 @@ from sae_lens_matryoshka.runs.interruption import (
     save_interrupted,
     undo_counters,
 )
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.util.files import atomic_folder
 
 FAILURES_FILENAME = "failures.json"
-
-_Trainer = SAETrainer  # of each SAE
 
 
 class LockstepTrainer(MultiSAETrainer):
@@ -50,6 +48,7 @@ class LockstepTrainer(MultiSAETrainer):
         evaluator: Called as SAELens calls that of several SAEs.
     """
 
+    trainers: dict[str, Any]  # MatryoshkaTrainer's, for which the base class has no room
     data_provider: Any  # MultiSAETrainer's yields a batch for each hook
 
     @override
@@ -190,9 +189,9 @@ def failures_in(checkpoint: Path | str) -> dict[str, str]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _trainer_of(runner: LanguageModelSAETrainingRunner) -> SAETrainer[Any, Any]:
+def _trainer_of(runner: LanguageModelSAETrainingRunner) -> MatryoshkaTrainer:
     cfg = runner.cfg.to_sae_trainer_config()
-    trainer = _Trainer(
+    trainer = MatryoshkaTrainer(
         cfg=replace(cfg, n_checkpoints=0, save_final_checkpoint=False),
         sae=runner.sae,
         data_provider=iter(()),
@@ -203,7 +202,7 @@ def _trainer_of(runner: LanguageModelSAETrainingRunner) -> SAETrainer[Any, Any]:
 
 
 def _output_or_error(
-    trainer: SAETrainer[Any, Any], batch: Float[torch.Tensor, "batch d_in"]
+    trainer: MatryoshkaTrainer, batch: Float[torch.Tensor, "batch d_in"]
 ) -> TrainStepOutput | Exception:
     try:
         return trainer.step(batch)
@@ -216,7 +215,7 @@ def _is_estimated(scaler: ActivationScaler) -> bool:
     return scaler.scaling_factor is not None or scaler.whitening is not None
 
 
-def _fold_normalization(trainer: SAETrainer[Any, Any]) -> None:
+def _fold_normalization(trainer: MatryoshkaTrainer) -> None:
     """Let the SAE take activations as they are."""
     scaler, trainer.activation_scaler = trainer.activation_scaler, ActivationScaler()
     if scaler.scaling_factor is not None:

@@ -1,6 +1,7 @@
 """A sweep: several SAEs from one pass over the activations, stopped and resumed as one run."""
 
 import copy
+import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,6 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.prefetch import PrefetchingIterator
 
-from sae_lens_matryoshka.runs.fused_adam import fused_adam
 from sae_lens_matryoshka.runs.interruption import InterruptibleFit, handlers_restored
 from sae_lens_matryoshka.runs.lockstep import LockstepTrainer, failures_in
 from sae_lens_matryoshka.runs.runner import check_resumable
@@ -51,11 +51,12 @@ class SweepRunner:
         cfgs: The config of each SAE alone, by name, as in `Sweep`.
 
     Raises:
-        ValueError: a checkpoint that the SAEs are to resume from can't be resumed.
+        ValueError: a checkpoint that the SAEs are to resume from can't be resumed, or torchrun has
+            started several processes.
     """
 
     def __init__(self, runner: LanguageModelSAETrainingRunner, cfgs: _Configs):
-        self._failures = check_sweep_resumable(cfgs)
+        self._failures = check_sweep(cfgs)
         self._shared = runner
         self._cfgs = {name: cfg for name, cfg in cfgs.items() if name not in self._failures}
         self._runners = {name: _runner_of(runner, cfg) for name, cfg in self._cfgs.items()}
@@ -71,7 +72,7 @@ class SweepRunner:
             TrainingInterrupted: SIGINT or SIGTERM stopped the training.
             Exception: every SAE failed, or the activations can't be drawn.
         """
-        with handlers_restored(), fused_adam():
+        with handlers_restored():
             return self._run(n_held_out)
 
     def _run(self, n_held_out: int) -> TrainedSweep:
@@ -116,11 +117,8 @@ class SweepRunner:
         return TrainedSweep(trainer.saes, trainer.failures, torch.cat(held_out or [nothing]))
 
     def _save(self, name: str, trainer: LockstepTrainer) -> None:
-        output_path = self._cfgs[name].output_path
-        if output_path is None:
-            return
         reorder_latents(trainer.trainers[name])
-        with atomic_folder(Path(output_path)) as unfinished:
+        with atomic_folder(Path(str(self._cfgs[name].output_path))) as unfinished:
             self._runners[name].save_final_sae(
                 sae=trainer.saes[name],
                 output_path=str(unfinished),
@@ -143,15 +141,20 @@ class SweepRunner:
         }
 
 
-def check_sweep_resumable(cfgs: _Configs) -> dict[str, str]:
-    """Check that the SAEs can be resumed from their checkpoints, where they have any.
+def check_sweep(cfgs: _Configs) -> dict[str, str]:
+    """Check that this process is alone, and that the SAEs can resume if they have checkpoints.
 
     Returns:
         The SAEs that failed before the checkpoint was saved, and why.
 
     Raises:
-        ValueError: one can't; see `check_resumable`.
+        ValueError: it is not, or one can't; see `check_resumable`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "--vary trains on one process: start it without torchrun, or give each process some of "
+            "the values."
+        )
     checkpoint = _checkpoint_of(cfgs)
     failures = {} if checkpoint is None else failures_in(checkpoint)
     for name, cfg in cfgs.items():

@@ -14,6 +14,7 @@ from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.levels.stats import measure_levels
 from sae_lens_matryoshka.runs import lockstep
 from sae_lens_matryoshka.runs.sweep import SweepRunner
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from tests.tiny import tiny_model, token_dataset
 
 CONFIG = """
@@ -94,14 +95,14 @@ def test_table_of_all_saes_and_levels(config, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("model")
 def test_a_failed_sae_is_named_and_the_others_are_saved(config, tmp_path, monkeypatch, capsys):
-    step = lockstep._Trainer.step
+    step = MatryoshkaTrainer.step
 
     def fail(self, batch):
         if self.sae.cfg.k == 4 and self.n_training_steps == 3:
             raise torch.OutOfMemoryError("no memory")
         return step(self, batch)
 
-    monkeypatch.setattr(lockstep._Trainer, "step", fail)
+    monkeypatch.setattr(MatryoshkaTrainer, "step", fail)
     assert cli.main(["train", str(config), "--vary", "k=2,4"]) == 1
     assert "\nk=4 failed after step 3: no memory\n" in (tmp_path / "out" / "sweep.md").read_text()
     report = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -150,6 +151,13 @@ def test_dry_run_names_the_saes_and_their_size(tmp_path, monkeypatch, capsys: Ca
         "together 1,812,341,760 parameters, 27.0 GiB with gradients and Adam's moments in float32",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_model")
+def test_several_processes_are_refused(config, refusal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal("train", config, "--vary", "k=2,4")
+    assert "--vary trains on one process: start it without torchrun" in said
 
 
 @pytest.mark.usefixtures("no_model")

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
-from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
+from sae_lens_matryoshka.runs import trainer
 from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
+from sae_lens_matryoshka.runs.lockstep import LockstepTrainer
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.runs.sweep import SweepRunner, TrainedSweep
 from sae_lens_matryoshka.runs.varying import plan_sweep
@@ -254,16 +255,16 @@ def test_an_sae_that_fails_leaves_the_others_as_they_are(
     whole = make_sweep().run()
     shutil.rmtree(tmp_path / "output")
     sweep = make_sweep()
-    clip = torch.nn.utils.clip_grad_norm_
+    norm_of = trainer.get_total_norm
     n_calls = itertools.count(1)
     n_before = 5 * len(NAMES) + NAMES.index(failing)
 
-    def clip_or_fail(*args: Any) -> Any:
+    def norm_or_fail(gradients: list[torch.Tensor]) -> torch.Tensor:
         if next(n_calls) == n_before + 1:
             raise torch.OutOfMemoryError("no memory for the gradient")
-        return clip(*args)
+        return norm_of(gradients)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_fail)
+    monkeypatch.setattr(trainer, "get_total_norm", norm_or_fail)
     checkpoint = interrupted(sweep, 8)
     others = [name for name in NAMES if name != failing]
     assert sorted(path.name for path in checkpoint.iterdir()) == ["failures.json", *others]
@@ -284,19 +285,18 @@ def test_an_sae_that_fails_leaves_the_others_as_they_are(
 def test_an_sae_that_is_not_finite_is_left_out(make_sweep, tmp_path, n_checkpoints, monkeypatch):
     """Also where nothing in its losses tells: found when a checkpoint or the end is saved."""
     sweep = make_sweep(n_checkpoints=n_checkpoints)
-    trainers: list[SAETrainer] = []
-    init = SAETrainer.__init__
+    started: list[LockstepTrainer] = []
+    fit = LockstepTrainer.fit
 
-    def remember(self: SAETrainer, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        trainers.append(self)
+    def remember(self: LockstepTrainer) -> Any:
+        started.append(self)
+        return fit(self)
 
-    monkeypatch.setattr(SAETrainer, "__init__", remember)
+    monkeypatch.setattr(LockstepTrainer, "fit", remember)
 
     def break_moments() -> None:
-        sae = sweep._runners[NAMES[1]].sae
-        (trainer,) = (each for each in trainers if each.sae is sae and each.optimizer.state)
-        trainer.optimizer.state[sae.W_dec]["exp_avg_sq"][3, 2] = torch.inf
+        broken = started[0].trainers[NAMES[1]]
+        broken.optimizer.state[broken.sae.W_dec]["exp_avg_sq"][3, 2] = torch.inf
 
     at_batch(sweep, 9, break_moments)
     trained = sweep.run()
