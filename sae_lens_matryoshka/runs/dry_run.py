@@ -1,5 +1,6 @@
 """What a training run would do, checked before anything loads and without a network."""
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import huggingface_hub.constants
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 
 from sae_lens_matryoshka.kernels.dispatch import backend_for
+from sae_lens_matryoshka.runs.varying import Sweep
 from sae_lens_matryoshka.util.files import check_writable
 from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
 
@@ -64,14 +66,26 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         lines.append(f"levels of {', '.join(map(str, widths))} latents")
     if hasattr(sae, "implementation"):
         lines.append(_describe_implementation(sae, torch.device(cfg.device)))
-    n_parameters = 2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae
     n_steps = cfg.training_tokens // cfg.train_batch_size_tokens
-    lines.append(
-        f"{n_steps:,} steps of {cfg.train_batch_size_tokens:,} tokens; {n_parameters:,} "
-        f"parameters, {n_parameters * _BYTES / 2**30:.1f} GiB with gradients and Adam's moments in "
-        "float32"
-    )
+    lines.append(f"{n_steps:,} steps of {cfg.train_batch_size_tokens:,} tokens; {_size([sae])}")
     return "\n".join(lines)
+
+
+def describe_sweep(sweep: Sweep) -> str:
+    """As `describe_run`, of the first SAE of a sweep, and how much all of them are."""
+    saes = [cfg.sae for cfg in sweep.cfgs.values()]
+    return (
+        f"{describe_run(sweep.cfg)}\nthis is the first of {len(saes)} SAEs from one pass: "
+        f"{', '.join(sweep.cfgs)}\ntogether {_size(saes)}"
+    )
+
+
+def _size(saes: Iterable[TrainingSAEConfig]) -> str:
+    n_parameters = sum(2 * sae.d_in * sae.d_sae + sae.d_in + sae.d_sae for sae in saes)
+    return (
+        f"{n_parameters:,} parameters, {n_parameters * _BYTES / 2**30:.1f} GiB with gradients and "
+        "Adam's moments in float32"
+    )
 
 
 def _describe_implementation(sae: Any, device: torch.device) -> str:

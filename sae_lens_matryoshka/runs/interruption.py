@@ -3,20 +3,23 @@
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from sae_lens import logger
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 
 from sae_lens_matryoshka.runs.processes import AgreedStop, Processes
 from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.training.latent_order import reorder_latents
 from sae_lens_matryoshka.util.files import atomic_folder
+
+if TYPE_CHECKING:
+    from sae_lens_matryoshka.runs.lockstep import LockstepTrainer
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -45,15 +48,21 @@ class InterruptibleFit:
     processes stop where they agree to, when they draw their batches.
     """
 
-    def __init__(self, trainer: MatryoshkaTrainer, processes: Processes | None = None):
-        self._trainer, self._processes = trainer, processes
+    def __init__(
+        self,
+        trainer: "MatryoshkaTrainer | LockstepTrainer",
+        processes: Processes | None = None,
+    ):
+        self._trainer: Any = trainer
+        self._processes = processes
         self._begin_step = trainer.maybe_reset_sparsity
         self._compute_step = trainer.step
         self._signum: int | None = None
         self._activity: bytes | None = None  # what a signal waits for; None before the first step
-        self._undo_step: Callable[[], None] | None = None
+        self._undo_step: Callable[[], object] | None = None
 
-    def run(self) -> TrainingSAE[Any]:
+    def run(self) -> Any:
+        """What `fit` returns."""
         trainer = self._trainer
         n_steps_before = n_completed_steps(trainer)
         trainer.maybe_reset_sparsity = self._begin_step_or_stop
@@ -66,7 +75,7 @@ class InterruptibleFit:
             self._stop(stop.signum, f"rank {stop.rank} was told to stop; ")
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
-                _free_memory(trainer, error)
+                free_memory(trainer, error)
             if self._undo_step is not None:
                 self._undo_step()
             final = error
@@ -100,10 +109,11 @@ class InterruptibleFit:
         # Neither print nor logging: the signal may have arrived while they were writing.
         os.write(2, b"\n" + self._activity + b". Another signal stops at once, unsaved.\n")
 
-    def _begin_step_or_stop(self) -> dict[str, Any]:
+    def _begin_step_or_stop(self) -> Any:
         if self._signum is not None and self._processes is None:
             self._stop(self._signum)
-        self._undo_step = _undo_counters(self._trainer)
+        undos = [undo_counters(trainer) for trainer in trainers_of(self._trainer)]
+        self._undo_step = lambda: [undo() for undo in undos]
         return self._begin_step()
 
     def _stop(self, signum: int, told: str = "") -> NoReturn:
@@ -115,27 +125,44 @@ class InterruptibleFit:
     def _save(self) -> tuple[Path | None, str]:
         """Save the run as it is: the checkpoint, if there is one, and what to tell the user."""
         if self._processes is None:
-            return _save_interrupted(self._trainer)
+            return save_interrupted(self._trainer)
         if not self._trainer.is_writer:
             checkpoint, message = self._processes.announced() or (None, "nothing was saved.")
             return checkpoint and Path(checkpoint), message
-        checkpoint, message = _save_interrupted(self._trainer)
+        checkpoint, message = save_interrupted(self._trainer)
         self._processes.announce((checkpoint and str(checkpoint), message))
         return checkpoint, message
 
-    def _step(self, batch: torch.Tensor) -> TrainStepOutput:
+    def _step(self, batch: torch.Tensor) -> Any:
         self._activity = b"Stopping after this step"
         output = self._compute_step(batch)
         self._undo_step = None
         return output
 
 
-def n_completed_steps(trainer: MatryoshkaTrainer) -> int:
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Restore the handlers that `InterruptibleFit` replaces, once the block has ended."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def trainers_of(trainer: "MatryoshkaTrainer | LockstepTrainer") -> list[MatryoshkaTrainer]:
+    """The trainer of each SAE."""
+    is_alone = isinstance(trainer, MatryoshkaTrainer)
+    return [trainer] if is_alone else list(trainer.trainers.values())
+
+
+def n_completed_steps(trainer: "MatryoshkaTrainer | LockstepTrainer") -> int:
     """Steps that have updated the weights; their last act is to advance the learning rate."""
-    return trainer.lr_scheduler.last_epoch
+    return trainers_of(trainer)[0].lr_scheduler.last_epoch
 
 
-def _undo_counters(trainer: MatryoshkaTrainer) -> Callable[[], None]:
+def undo_counters(trainer: MatryoshkaTrainer) -> Callable[[], None]:
     """What resets the counters to now, after a step that failed before it updated the weights."""
     counters: dict[str, Any] = {
         "n_training_samples": trainer.n_training_samples,
@@ -152,16 +179,22 @@ def _undo_counters(trainer: MatryoshkaTrainer) -> Callable[[], None]:
     return undo
 
 
-def _free_memory(trainer: MatryoshkaTrainer, error: BaseException | None) -> None:
+def free_memory(
+    trainer: "MatryoshkaTrainer | LockstepTrainer", error: BaseException | None
+) -> None:
     """Free what the failed step allocated, since saving needs memory on the device too."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
-    trainer.optimizer.zero_grad()
+    for each in trainers_of(trainer):
+        each.optimizer.zero_grad()
     torch.cuda.empty_cache()
 
 
-def _save_interrupted(trainer: MatryoshkaTrainer) -> tuple[Path | None, str]:
+def save_interrupted(
+    trainer: "MatryoshkaTrainer | LockstepTrainer",
+) -> tuple[Path | None, str]:
+    """Save a run as it is: the checkpoint, if it could be saved, and what to tell the user."""
     step = n_completed_steps(trainer)
     base = trainer.cfg.checkpoint_path
     if base is None:
@@ -170,7 +203,8 @@ def _save_interrupted(trainer: MatryoshkaTrainer) -> tuple[Path | None, str]:
             "to a folder to make a stopped run resumable."
         )
     # The checkpoint on disk must not depend on an upload, which may fail or hang.
-    trainer.cfg = replace(trainer.cfg, logger=replace(trainer.cfg.logger, log_to_wandb=False))
+    for each in (trainer, *trainers_of(trainer)):
+        each.cfg = replace(each.cfg, logger=replace(each.cfg.logger, log_to_wandb=False))
     name = str(trainer.n_training_samples)
     checkpoint = (Path(base) / name).resolve()
     try:
@@ -202,7 +236,8 @@ def save_atomically(
     if base is None:
         save(checkpoint_name, base_path, wandb_aliases)
         return
-    _require_finite(trainer)
+    if (error := not_finite(trainer)) is not None:
+        raise error
     n_training_steps = trainer.n_training_steps
     trainer.n_training_steps = n_completed_steps(trainer)  # SAELens counts a step after saving it
     try:
@@ -212,14 +247,16 @@ def save_atomically(
         trainer.n_training_steps = n_training_steps
 
 
-def _require_finite(trainer: MatryoshkaTrainer) -> None:
+def not_finite(trainer: MatryoshkaTrainer) -> ValueError | None:
+    """The error for weights, buffers or moments that are not finite; None if all are."""
     tensors = dict(trainer.sae.state_dict())
     for name, parameter in trainer.sae.named_parameters():
         for moment, value in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"Adam's {moment} of {name}"] = value
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"{', '.join(broken)} not finite after step {n_completed_steps(trainer)}: this "
-            "checkpoint is not saved, and earlier ones are kept."
-        )
+    if not broken:
+        return None
+    return ValueError(
+        f"{', '.join(broken)} not finite after step {n_completed_steps(trainer)}: this "
+        "checkpoint is not saved, and earlier ones are kept."
+    )

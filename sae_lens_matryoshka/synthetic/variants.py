@@ -1,15 +1,15 @@
 """The SAEs to compare: architectures, and the Matryoshka SAE with its options varied."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from sae_lens import TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_matryoshka.runs.config import read_words, unknown_field
+from sae_lens_matryoshka.runs.varying import Choice, check_distinct, read_vary
 from sae_lens_matryoshka.synthetic.models import Benchmark
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.util.checks import invalid_option
@@ -32,12 +32,6 @@ class Variant:
     cfg: TrainingSAEConfig
 
 
-class _Choice(NamedTuple):
-    field: str
-    text: str  # as it was written
-    value: Any
-
-
 def plan_variants(
     benchmark: Benchmark,
     names: Sequence[str],
@@ -58,9 +52,17 @@ def plan_variants(
     Raises:
         ValueError: a name, field or value is not accepted, or a variant is given twice.
     """
-    axes = dict(_axis(text) for text in vary)
-    if len(axes) < len(vary):
-        raise ValueError(f"--vary {' '.join(vary)} is not accepted: a field is varied twice.")
+    axes = read_vary(vary)
+    hints = {**get_type_hints(MatryoshkaTrainingSAEConfig), _LEVELS: int}
+    can_vary = [field for field in hints if field not in _FIXED]
+    for field in axes:
+        if field not in can_vary:
+            raise unknown_field(field, can_vary)
+    values = {
+        choice: read_words(field, choice.words, hints[field])
+        for field, choices in axes.items()
+        for choice in choices
+    }
     if _LEVELS in axes and "matryoshka_widths" in axes:
         raise ValueError("levels and matryoshka_widths both set the widths: vary only one.")
     variants: list[Variant] = []
@@ -72,16 +74,17 @@ def plan_variants(
         each_alone = [(), *((choice,) for field in own for choice in axes[field])]
         combinations = product(*(axes[field] for field in own))
         planned = each_alone if one_at_a_time else combinations
-        variants += [_variant(benchmark, name, choices) for choices in planned]
+        variants += [
+            _variant(benchmark, name, {choice: values[choice] for choice in choices})
+            for choices in planned
+        ]
     idle = [field for field in axes if field not in varied]
     if idle:
         raise ValueError(
             f"--vary {idle[0]} is not accepted: it varies none of {', '.join(names)}; add "
             f"{_VARIED} to --variants."
         )
-    counts = Counter(variant.name for variant in variants).most_common(1)
-    if counts and counts[0][1] > 1:
-        raise ValueError(f"variant {counts[0][0]} is given twice.")
+    check_distinct(variant.name for variant in variants)
     return variants
 
 
@@ -131,23 +134,8 @@ def level_widths(n_levels: int, d_sae: int) -> list[int]:
     return [round(d_sae * i / n_levels) for i in range(1, n_levels + 1)]
 
 
-def _axis(text: str) -> tuple[str, list[_Choice]]:
-    """Parse `field=value,value,…`."""
-    field, equals, values = text.partition("=")
-    hints = {**get_type_hints(MatryoshkaTrainingSAEConfig), _LEVELS: int}
-    names = [name for name in hints if name not in _FIXED]
-    if field not in names:
-        raise unknown_field(field, names)
-    if not equals or not all(values.split(",")):
-        raise ValueError(f"--vary {text!r} is not accepted: give {field}=value,value,…")
-    return field, [
-        _Choice(field, value, read_words(field, value.split("/"), hints[field]))
-        for value in values.split(",")
-    ]
-
-
-def _variant(benchmark: Benchmark, name: str, choices: Sequence[_Choice]) -> Variant:
-    changes = {choice.field: choice.value for choice in choices}
+def _variant(benchmark: Benchmark, name: str, values: Mapping[Choice, Any]) -> Variant:
+    changes = {choice.field: value for choice, value in values.items()}
     # in the base config, because a recipe's other options depend on k
     cfg = base_config(replace(benchmark, k=changes.pop("k", benchmark.k)), name)
     if _LEVELS in changes:
@@ -156,6 +144,4 @@ def _variant(benchmark: Benchmark, name: str, choices: Sequence[_Choice]) -> Var
     if cfg.normalize_activations not in _NORMALIZATIONS:
         accepted = f"one of {', '.join(map(repr, _NORMALIZATIONS))}"
         raise invalid_option("normalize_activations", cfg.normalize_activations, accepted)
-    # names become folders, so no slash
-    parts = (f"{choice.field}={choice.text.replace('/', '-')}" for choice in choices)
-    return Variant(",".join([name, *parts]), cfg)
+    return Variant(",".join([name, *(choice.label for choice in values)]), cfg)

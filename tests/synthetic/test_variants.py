@@ -123,7 +123,7 @@ def test_level_widths_increase_to_d_sae(d_sae, share):
         (["matryoshka"], ["k=one"], "k='one' is not accepted: give a valid number"),
         (["matryoshka"], ["k=30"], "at most d_sae=20"),
         (["matryoshka"], ["k=[1,2]"], "k='[1' is not accepted: give a valid number"),
-        (["matryoshka"], ["k=1", "k=2"], "--vary k=1 k=2 is not accepted: a field is varied twice"),
+        (["matryoshka"], ["k=1", "k=2"], "--vary 'k=2' is not accepted: k is varied twice"),
         (["matryoshka"], ["k=1,1"], "variant matryoshka,k=1 is given twice"),
         (["matryoshka"], ["levels=2.5"], "levels=2.5 is not accepted: give a valid integer"),
         (["matryoshka"], ["levels=21"], "levels=21 is not accepted: give 1 to d_sae=20"),
