@@ -16,11 +16,14 @@ from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 
+    from sae_lens_matryoshka.activations.shards import Activations
+
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser, which leaves all flags to `run`: the fields of the config."""
     parser: CommandParser = commands.add_parser(
-        "train", help="train an SAE: train [CONFIG.yaml] [--dry-run] [--field value ...]"
+        "train",
+        help="train an SAE: train [CONFIG.yaml] [--activations PATH] [--dry-run] [--field value …]",
     )
     parser.reads_words = True
     parser.set_defaults(run=run)
@@ -30,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from sae_lens_matryoshka.runs.config import build_run_config, read_config, sae_config_class
     from sae_lens_matryoshka.runs.dry_run import describe_run
+    from sae_lens_matryoshka.runs.from_activations import batches_for
     from sae_lens_matryoshka.runs.runner import check_resumable
 
     words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
@@ -43,12 +47,28 @@ def run(args: argparse.Namespace) -> int:
     if "--help" in args.words or "-h" in args.words:
         _print_help(sae_config_class(values))
         return 0
+    activations = _open_activations(flags.pop("activations", None))
+    if activations is not None:
+        values.setdefault("sae.d_in", activations.d_in)
     cfg = build_run_config(values, flags)
     check_resumable(cfg)
+    if activations is not None:
+        batches_for(cfg, activations)  # raises if they don't fit
     if "--dry-run" in args.words:
-        print(describe_run(cfg))
+        print(describe_run(cfg, activations))
         return 0
-    return _train(cfg, [PROGRAM, "train", *words])
+    return _train(cfg, [PROGRAM, "train", *words], activations)
+
+
+def _open_activations(words: Sequence[str] | None) -> Activations | None:
+    """Those in the path after --activations, if it is given."""
+    from sae_lens_matryoshka.activations.shards import open_activations
+
+    if words is None:
+        return None
+    if len(words) != 1:
+        raise ValueError("--activations takes one path, of a file or a folder.")
+    return open_activations(words[0])
 
 
 def _flags(words: Sequence[str]) -> dict[str, list[str]]:
@@ -66,7 +86,9 @@ def _flags(words: Sequence[str]) -> dict[str, list[str]]:
     return flags
 
 
-def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
+def _train(
+    cfg: LanguageModelSAERunnerConfig[Any], command: list[str], activations: Activations | None
+) -> int:
     # PyTorch asks Linux for huge pages: each step allocates its gradients anew, and 4 KB at a time
     # that took a quarter of a step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -77,7 +99,7 @@ def _train(cfg: LanguageModelSAERunnerConfig[Any], command: list[str]) -> int:
 
     torch.manual_seed(cfg.seed)  # SAELens does not use cfg.seed
     try:
-        MatryoshkaTrainingRunner(cfg).run()
+        MatryoshkaTrainingRunner(cfg, activations=activations).run()
     except TrainingInterrupted as stopped:
         print(stopped, file=sys.stderr)
         if stopped.checkpoint is not None:
@@ -99,8 +121,10 @@ def _print_help(sae_class: type[TrainingSAEConfig]) -> None:
 
     parser = simple_parsing.ArgumentParser(
         prog=f"{PROGRAM} train",
-        usage="%(prog)s [CONFIG.yaml] [--dry-run] [--sae.architecture NAME] [--field value ...]",
+        usage="%(prog)s [CONFIG.yaml] [--activations PATH] [--dry-run] [--sae.architecture NAME] "
+        "[--field value ...]",
         description="Train an SAE. Flags replace fields of the config; lists are written 1 2 3. "
+        "--activations trains on a file or a folder of activations and loads no model; "
         "--dry-run only checks names, widths and paths.",
         argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
         nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT,

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, constants
+from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError, safe_open
+from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_matryoshka.runs.from_activations import (
+    batches_for,
+    config_without_model,
+    initial_sae,
+)
 from sae_lens_matryoshka.runs.fused_adam import fused_adam
 from sae_lens_matryoshka.runs.interruption import (
     InterruptibleFit,
@@ -51,16 +58,37 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     Adam is fused; see `fused_adam`.
 
     Args:
-        cfg: Config of the run. All arguments are those of SAELens' runner.
+        cfg: Config of the run.
+        override_dataset: As in SAELens' runner, like `override_model` and `override_sae`.
+        activations: Activations to train on instead of a model's, as `ActivationBatches` takes
+            them. Fields of `cfg` that concern a model, its hook or its data set are ignored.
 
     Raises:
-        ValueError: `cfg.resume_from_checkpoint` can't be resumed; before the model is loaded.
+        ValueError: `cfg.resume_from_checkpoint` can't be resumed; before the model is loaded. Or
+            the activations can't be read or do not fit `cfg`.
     """
 
     @override
-    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **overrides: Any):
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+        *,
+        activations: Any = None,
+    ):
         check_resumable(cfg)
-        super().__init__(cfg, *args, **overrides)
+        if activations is None:
+            super().__init__(cfg, override_dataset, override_model, override_sae)
+            return
+        if override_dataset is not None or override_model is not None:
+            raise ValueError("activations replace a model and its data set: give one or the other.")
+        batches: Any = batches_for(cfg, activations)
+        self.activations_store = batches
+        self.cfg = config_without_model(cfg, batches.metadata)
+        self.sae = override_sae if override_sae is not None else initial_sae(self.cfg)
+        self.evaluator: Any = None
 
     @override
     def run(self) -> TrainingSAE[Any]:
