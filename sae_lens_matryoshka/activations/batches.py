@@ -7,9 +7,9 @@ a resumption needs: it starts with the buffer that holds it.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -92,37 +92,40 @@ class ActivationBatches(Iterator[torch.Tensor]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.batch_size = checked_count("batch_size", batch_size)
+        checked_count("batch_size", batch_size)
         self.seed = checked_count("seed", seed, 0)
-        self.device, self.dtype = torch.device(device), dtype
-        self.world_size = checked_count("world_size", world_size)
-        self.rank = checked_count("rank", rank, 0)
+        checked_count("world_size", world_size)
+        checked_count("rank", rank, 0)
         if rank >= world_size:
             raise invalid_option("rank", rank, f"a number below world_size={world_size}")
-        self._source = (
+        self._source = source = (
             _Stream(source) if _is_stream(source) else _Shuffled(open_activations(source))
         )
-        self.d_in, self.n_rows = self._source.d_in, self._source.n_rows
-        self.name, self.metadata = self._source.name, self._source.metadata
-        joined = batch_size * world_size
-        if self.n_rows is not None and self.n_rows < joined:
+        self.d_in, self.n_rows = source.d_in, source.n_rows
+        self.name, self.metadata = source.name, source.metadata
+        self._step = batch_size * world_size
+        if self.n_rows is not None and self.n_rows < self._step:
             raise ValueError(
-                f"{self.name} holds {self.n_rows:,} rows, fewer than a batch of {joined:,} "
+                f"{self.name} holds {self.n_rows:,} rows, fewer than a batch of {self._step:,} "
                 "(train_batch_size_tokens)."
             )
+        # An object of its own: a thread that knew this one would keep it alive.
+        self._order = _Order(
+            source, batch_size, self.seed, torch.device(device), dtype, rank, world_size
+        )
         self.position = 0
         self._batches: Iterator[torch.Tensor] | None = None
 
     @override
     def __next__(self) -> Float[torch.Tensor, "batch d_in"]:
         if self._batches is None:
-            self._batches = _ahead(self._make_batches(self.position), _N_PREFETCHED)
+            self._batches = _ahead(self._order.batches(self.position), _N_PREFETCHED)
         try:
             batch = next(self._batches)
         except BaseException:
             self._batches = None  # so that the next call meets the same error
             raise
-        self.position += self.batch_size * self.world_size
+        self.position += self._step
         return batch
 
     def save_to_checkpoint(self, checkpoint_path: Path | str) -> None:
@@ -163,36 +166,49 @@ class ActivationBatches(Iterator[torch.Tensor]):
             )
         self.position, self._batches = position, None
 
-    def _make_batches(self, position: int) -> Iterator[Float[torch.Tensor, "batch d_in"]]:
+
+@dataclass(frozen=True)
+class _Order:
+    """The batches of one rank; its fields are those of `ActivationBatches`."""
+
+    source: "_Shuffled | _Stream"
+    batch_size: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+
+    def batches(self, position: int) -> Iterator[Float[torch.Tensor, "batch d_in"]]:
         """The batches of this rank from a position on."""
         n_filled, is_pinned = 0, self.device.type == "cuda"
         batch = torch.empty(0)
-        with closing(_ahead(self._make_rows(position), 1)) as parts:
-            for part in parts:
-                n_read = 0
-                while n_read < len(part):
-                    if n_filled == 0:
-                        shape = self.batch_size, self.d_in
-                        batch = torch.empty(shape, dtype=part.dtype, pin_memory=is_pinned)
-                    n = min(len(part) - n_read, self.batch_size - n_filled)
-                    batch[n_filled : n_filled + n] = part[n_read : n_read + n]
-                    n_read, n_filled = n_read + n, n_filled + n
-                    if n_filled == self.batch_size:
-                        n_filled = 0
-                        # in this order fewer bytes go to the device
-                        yield batch.to(self.device).to(self.dtype)
+        for part in _ahead(self.rows(position), 1):
+            n_read = 0
+            while n_read < len(part):
+                if n_filled == 0:
+                    shape = self.batch_size, self.source.d_in
+                    batch = torch.empty(shape, dtype=part.dtype, pin_memory=is_pinned)
+                n = min(len(part) - n_read, self.batch_size - n_filled)
+                batch[n_filled : n_filled + n] = part[n_read : n_read + n]
+                n_read, n_filled = n_read + n, n_filled + n
+                if n_filled == self.batch_size:
+                    n_filled = 0
+                    # in this order fewer bytes go to the device
+                    yield batch.to(self.device).to(self.dtype)
 
-    def _make_rows(self, position: int) -> Iterator[Float[torch.Tensor, "rows d_in"]]:
+    def rows(self, position: int) -> Iterator[Float[torch.Tensor, "rows d_in"]]:
         """The rows of this rank from a position on, a buffer at a time, shuffled.
 
         The memory of a buffer is used again for the next but one.
         """
-        memory = [torch.empty(0, self.d_in, dtype=self._source.dtype)] * 2
-        epoch, start = divmod(position, self.n_rows) if self.n_rows else (0, position)
+        memory = [torch.empty(0, self.source.d_in, dtype=self.source.dtype)] * 2
+        n_total = self.source.n_rows
+        epoch, start = divmod(position, n_total) if n_total else (0, position)
         n_before = 0  # rows of all ranks since `position`
         while True:
             stop = 0
-            for buffer in self._source.buffers(self.seed, epoch):
+            for buffer in self.source.buffers(self.seed, epoch):
                 n_rows = sum(buffer.block_rows)
                 stop = buffer.start + n_rows
                 if stop <= start:
@@ -204,7 +220,7 @@ class ActivationBatches(Iterator[torch.Tensor]):
                 order = order[count // self.batch_size % self.world_size == self.rank]
                 memory.reverse()
                 if len(memory[0]) < len(order):
-                    memory[0] = memory[0].new_empty(len(order), self.d_in)
+                    memory[0] = memory[0].new_empty(len(order), self.source.d_in)
                 yield _gather(buffer, order, memory[0])
             epoch, start = epoch + 1, max(0, start - stop)
 
@@ -239,6 +255,7 @@ class _Stream:
     n_rows = None
 
     def __init__(self, tensors: Iterable[Any]):
+        self._n_read = 0
         iterator = iter(tensors)
         self.is_rereadable = iterator is not tensors
         try:
@@ -259,11 +276,11 @@ class _Stream:
                 start, blocks = start + sum(map(len, blocks)), []
         if blocks:
             yield _buffer_of(blocks, start)
-        if not self.is_rereadable or not (start or blocks):
+        if not self.is_rereadable or self._n_read == 0:
             raise ActivationsEnded(
-                f"{self.name} ended after {start + sum(map(len, blocks)):,} rows, before the "
-                "training did: give more, fewer training_tokens, or an iterable that can be read "
-                "again, such as a list."
+                f"{self.name} ended after {self._n_read:,} rows, before the training did: give "
+                "more, fewer training_tokens, or an iterable that can be read again, such as a "
+                "list."
             )
 
     def _blocks(self) -> Iterator[Float[torch.Tensor, "rows d_in"]]:
@@ -273,7 +290,9 @@ class _Stream:
                 raise ValueError(
                     f"{opened.name} has {opened.d_in} columns, and the first one {self.d_in}."
                 )
-            yield from map(opened.read_block, range(len(opened.block_rows)))
+            for block in map(opened.read_block, range(len(opened.block_rows))):
+                self._n_read += len(block)
+                yield block
 
 
 def blocks_per_buffer(d_in: int) -> int:
@@ -314,11 +333,14 @@ def _is_stream(source: Any) -> bool:
     return isinstance(source, Iterable) and not isinstance(source, known)
 
 
-def _ahead(items: Iterator[T], n: int) -> Generator[T, None, None]:
-    """The items, of which a thread makes the next `n` while one is used."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        made: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(n))
-        while (item := made.popleft().result()) is not end:
-            made.append(thread.submit(next, items, end))
-            yield item
+def _ahead(items: Iterator[T], n: int) -> Iterator[T]:
+    """The items, of which a thread makes the next `n` while one is used.
+
+    The thread ends by itself once nobody refers to the items. Waiting for it here could block
+    forever, since Python may close this generator in any thread, while that thread holds a lock.
+    """
+    end, thread = object(), ThreadPoolExecutor(1)
+    made: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(n))
+    while (item := made.popleft().result()) is not end:
+        made.append(thread.submit(next, items, end))
+        yield item

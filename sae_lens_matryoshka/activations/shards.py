@@ -23,10 +23,12 @@ from sae_lens_matryoshka.activations.index import (
     block_checksum,
     shard_checksum,
 )
+from sae_lens_matryoshka.util.checks import invalid_option
 
 SUFFIXES = (".npy", ".safetensors")
 _N_OPEN = 256  # shards mapped at a time, below the usual limit of 1,024 open files
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_IN_MEMORY = "the activations"
 _DATASET_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 
 
@@ -148,17 +150,18 @@ def open_activations(source: Any, column: str | None = None) -> Activations:
         return Activations(str(path), [_shard_of_file(path)])
     if isinstance(source, Dataset):
         return _open_dataset(source, "the data set", column)
-    tensors = [source] if isinstance(source, (torch.Tensor, np.ndarray)) else list(source)
-    names = (
-        ["the activations"]
-        if len(tensors) == 1
-        else [f"activations[{i}]" for i in range(len(tensors))]
-    )
+    tensors = [source] if isinstance(source, (torch.Tensor, np.ndarray)) else source
+    if not isinstance(tensors, (list, tuple)):
+        accepted = "a path, a tensor or array, a list of them, or a datasets.Dataset"
+        raise invalid_option("activations", source, accepted)
+    names = [f"activations[{i}]" for i in range(len(tensors))]
+    if len(tensors) == 1:
+        names = [_IN_MEMORY]
     shards = [
         _shard_of_rows(_MappedRows(name, torch.as_tensor(tensor)))
         for name, tensor in zip(names, tensors, strict=True)
     ]
-    return Activations("the activations", shards)
+    return Activations(_IN_MEMORY, shards)
 
 
 def check_finite(rows: Float[torch.Tensor, "rows d_in"], name: str, start: int) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Array2D, Dataset, DatasetDict, Features
+from datasets import Array2D, Dataset, DatasetDict, Features, Value
 from datasets import Sequence as Vector
-from datasets import Value
 from safetensors.torch import load_file, save_file
 
 from sae_lens_matryoshka.activations.index import BLOCK_ROWS
