@@ -10,7 +10,6 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
 from safetensors import SafetensorError, safe_open
-from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_matryoshka.runs.from_activations import (
@@ -73,7 +72,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
         override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
+        override_model: Any = None,
         override_sae: TrainingSAE[Any] | None = None,
         *,
         activations: Any = None,
