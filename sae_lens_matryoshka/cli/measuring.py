@@ -2,18 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
-from safetensors.torch import load_file
 
+from sae_lens_matryoshka.activations.batches import blocks_per_buffer
+from sae_lens_matryoshka.activations.shards import open_activations
 from sae_lens_matryoshka.hub.formats import read_pickle
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import (
@@ -28,6 +28,7 @@ from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.hook_names import short_model_name
 
 _SUFFIXES = (".npy", ".pt", ".safetensors")
+_N_BATCHES = 16
 
 
 def check_measuring(args: argparse.Namespace) -> None:
@@ -114,23 +115,13 @@ def _load_model(sae: SAE[Any], args: argparse.Namespace) -> Any:
     return model
 
 
-def _read_activations(path: Path, sae: SAE[Any]) -> Any:
-    if path.is_dir():
-        try:
-            data = load_from_disk(path)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} is not a folder of activations: {error}") from error
-        hook_name = sae.cfg.metadata.hook_name
-        if not isinstance(data, Dataset) or hook_name not in data.column_names:
-            raise ValueError(f"{path} holds no activations of {hook_name}.")
-        batches = data.with_format("torch").iter(batch_size=32)
-        return (batch[hook_name] for batch in batches)  # type: ignore[index]
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except Exception as error:  # a broken file can raise anything
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if len(tensors) != 1:
-        raise ValueError(f"{path} holds {len(tensors)} tensors: give one of activations.")
-    return next(iter(tensors.values()))
+def _read_activations(path: Path, sae: SAE[Any]) -> Iterator[torch.Tensor]:
+    source: Any = path
+    if path.suffix == ".pt" and not path.is_dir():
+        source = list(read_pickle(path).values())
+        if len(source) != 1:
+            raise ValueError(f"{path} holds {len(source)} tensors: give one of activations.")
+    activations = open_activations(source, sae.cfg.metadata.hook_name)
+    # as many batches as a standard error of L0 needs, or more where they would not fit in memory
+    n_blocks = min(len(activations.block_rows) // _N_BATCHES, blocks_per_buffer(activations.d_in))
+    return activations.chunks(max(1, n_blocks))

@@ -7,23 +7,25 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser
+from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser, positive_number
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 
     from sae_lens_matryoshka.runs.varying import Sweep
 
+_OPTIONS = ("activations", "vary", "process-timeout")  # besides the fields of the config
+
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser, which leaves all flags to `run`: the fields of the config."""
     parser: CommandParser = commands.add_parser(
         "train",
-        help="train SAEs: train [CONFIG.yaml] [--dry-run] [--field value ...] [--vary FIELD=V,V,…]",
+        help="train SAEs: train [CONFIG.yaml] [--activations PATH] [--dry-run] [--field value …]",
     )
     parser.reads_words = True
     parser.set_defaults(run=run)
@@ -31,6 +33,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+
     from sae_lens_matryoshka.runs.config_file import read_config
     from sae_lens_matryoshka.runs.field_names import check_field_names
 
@@ -38,51 +43,62 @@ def run(args: argparse.Namespace) -> int:
     has_config = bool(words) and not words[0].startswith("-")
     values = read_config(words[0]) if has_config else {}
     flags = _flags(words[has_config:])
-    vary = flags.pop("vary", None)
+    own = {name: flags.pop(name, None) for name in _OPTIONS}
     if not has_config and any(word.endswith((".yaml", ".yml")) for word in words):
         raise ValueError("the config comes first, before the flags.")
     if "sae.architecture" in flags:
         values["sae.architecture"] = " ".join(flags.pop("sae.architecture"))
     wants_help = "--help" in args.words or "-h" in args.words
-    if not wants_help:
-        check_field_names(values, flags, options=("dry-run", "help"))
+    has_several = any("architecture" in text for text in own["vary"] or ())  # with other fields
+    if not wants_help and not has_several:
+        check_field_names(values, flags, options=("dry-run", "help", *_OPTIONS))
 
+    from sae_lens_matryoshka.activations.shards import open_activations
     from sae_lens_matryoshka.runs.config import build_run_config, sae_config_class
-    from sae_lens_matryoshka.runs.dry_run import describe_run
+    from sae_lens_matryoshka.runs.dry_run import describe_run, describe_sweep
+    from sae_lens_matryoshka.runs.from_activations import batches_for
+    from sae_lens_matryoshka.runs.processes import DEFAULT_TIMEOUT
     from sae_lens_matryoshka.runs.runner import check_resumable
+    from sae_lens_matryoshka.runs.sweep import check_sweep
+    from sae_lens_matryoshka.runs.varying import plan_sweep
 
     if wants_help:
         _print_help(sae_config_class(values))
         return 0
-    is_dry_run = "--dry-run" in args.words
-    command = [PROGRAM, "train", *words]
-    if vary is not None:
-        return _sweep(values, flags, vary, is_dry_run, command)
-    cfg = build_run_config(values, flags)
-    check_resumable(cfg)
-    if is_dry_run:
-        print(describe_run(cfg))
+    timeout = _only_word("process-timeout", own, "a number of seconds")
+    options: dict[str, Any] = {
+        "process_timeout": DEFAULT_TIMEOUT if timeout is None else positive_number(timeout)
+    }
+    path = _only_word("activations", own, "one path, of a file or a folder")
+    activations = None if path is None else open_activations(path)
+    if activations is not None:
+        values.setdefault("sae.d_in", activations.d_in)
+        options["activations"] = activations
+    sweep = None
+    if own["vary"] is None:
+        cfg = build_run_config(values, flags)
+        check_resumable(cfg)
+    else:
+        sweep = plan_sweep(values, flags, own["vary"])
+        check_sweep(sweep.cfgs)
+        cfg = sweep.cfg
+    if activations is not None:
+        batches_for(cfg, activations)  # raises if they don't fit
+    if "--dry-run" in args.words:
+        described = describe_sweep(sweep, activations) if sweep else describe_run(cfg, activations)
+        print(described)
         return 0
-    return _train(cfg, command)
+    return _train(cfg, sweep, options, [PROGRAM, "train", *words])
 
 
-def _sweep(
-    values: dict[str, Any],
-    flags: dict[str, list[str]],
-    vary: list[str],
-    is_dry_run: bool,
-    command: list[str],
-) -> int:
-    from sae_lens_matryoshka.runs.dry_run import describe_sweep
-    from sae_lens_matryoshka.runs.sweep import check_sweep
-    from sae_lens_matryoshka.runs.varying import plan_sweep
-
-    sweep = plan_sweep(values, flags, vary)
-    check_sweep(sweep.cfgs)
-    if is_dry_run:
-        print(describe_sweep(sweep))
-        return 0
-    return _train(sweep.cfg, command, sweep)
+def _only_word(name: str, given: Mapping[str, Sequence[str] | None], accepted: str) -> str | None:
+    """The word after an option, if it is given."""
+    words = given[name]
+    if words is None:
+        return None
+    if len(words) != 1:
+        raise ValueError(f"--{name} takes {accepted}.")
+    return words[0]
 
 
 def _flags(words: Sequence[str]) -> dict[str, list[str]]:
@@ -102,7 +118,10 @@ def _flags(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _train(
-    cfg: LanguageModelSAERunnerConfig[Any], command: list[str], sweep: Sweep | None = None
+    cfg: LanguageModelSAERunnerConfig[Any],
+    sweep: Sweep | None,
+    options: Mapping[str, Any],
+    command: list[str],
 ) -> int:
     # PyTorch asks Linux for huge pages: each step allocates its gradients anew, and 4 KB at a time
     # that took a quarter of a step
@@ -111,24 +130,31 @@ def _train(
 
     from sae_lens_matryoshka.cli.sweep import train_and_compare
     from sae_lens_matryoshka.runs.interruption import TrainingInterrupted
+    from sae_lens_matryoshka.runs.processes import ProcessFailed
     from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 
     torch.manual_seed(cfg.seed)  # SAELens does not use cfg.seed
+    is_first = True
     try:
-        runner = MatryoshkaTrainingRunner(cfg)
+        runner = MatryoshkaTrainingRunner(cfg, **options)
+        is_first = runner.processes is None or runner.processes.rank == 0
         if sweep is not None:
             return train_and_compare(runner, sweep.cfgs)
         runner.run()
     except TrainingInterrupted as stopped:
-        print(stopped, file=sys.stderr)
-        if stopped.checkpoint is not None:
-            command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
-            print(f"Resume with: {shlex.join(command)}", file=sys.stderr)
+        if is_first:
+            print(stopped, file=sys.stderr)
+            if stopped.checkpoint is not None:
+                command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
+                print(f"Resume with: {shlex.join(command)}", file=sys.stderr)
         return 128 + stopped.signum
+    except ProcessFailed as failed:  # which prints a traceback of its own
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
     except Exception:  # one line would not explain what went wrong in a training
         traceback.print_exc()
         return 1
-    if cfg.output_path is not None:
+    if cfg.output_path is not None and is_first:
         print(f"The trained SAE is in {cfg.output_path}.")
     return 0
 
@@ -140,12 +166,14 @@ def _print_help(sae_class: type[TrainingSAEConfig]) -> None:
 
     parser = simple_parsing.ArgumentParser(
         prog=f"{PROGRAM} train",
-        usage="%(prog)s [CONFIG.yaml] [--dry-run] [--sae.architecture NAME] [--field value ...] "
-        "[--vary FIELD=V,V,… ...]",
+        usage="%(prog)s [CONFIG.yaml] [--activations PATH] [--vary FIELD=V,V,…] [--dry-run] "
+        "[--process-timeout SECONDS] [--sae.architecture NAME] [--field value ...]",
         description="Train an SAE. Flags replace fields of the config; lists are written 1 2 3. "
-        "--dry-run only checks names, widths and paths. --vary trains an SAE for each value on the "
-        "same activations, for all combinations if it is repeated: of fields of sae, and of seed, "
-        "that of the initial weights; lists are written 1/2/3.",
+        "--activations trains on a file or a folder of activations and loads no model. --vary "
+        "trains an SAE for each value on the same activations, for all combinations if it is "
+        "repeated: of fields of sae, and of seed, that of the initial weights; lists are written "
+        "1/2/3. --dry-run only checks names, widths and paths. Started by torchrun, several "
+        "processes train one SAE; --process-timeout is how long one waits for the others.",
         argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
         nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT,
     )

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 
+from sae_lens_matryoshka.activations.shards import Activations
 from sae_lens_matryoshka.kernels.dispatch import backend_for
 from sae_lens_matryoshka.runs.varying import Sweep
 from sae_lens_matryoshka.util.files import check_writable
@@ -26,8 +27,14 @@ def go_offline() -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+def describe_run(
+    cfg: LanguageModelSAERunnerConfig[Any], activations: Activations | None = None
+) -> str:
     """Check names, widths and paths of a training run.
+
+    Args:
+        cfg: Its config.
+        activations: What it trains on instead of a model's activations.
 
     Returns:
         What would run, and what could not be checked without a network.
@@ -36,23 +43,8 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         ValueError: a name is wrong, a width does not fit, or a path can't be written to.
     """
     go_offline()
-    sae, lines = cfg.sae, []
-    if cfg.model_class_name == "HookedTransformer":
-        model_name = short_model_name(cfg.model_name)
-        try:
-            check_hook_name(cfg.hook_name, sae.d_in, model_name, "sae")
-            lines.append(f"{cfg.hook_name} of {model_name}: width {sae.d_in}, as sae.d_in")
-        except OSError:
-            lines.append(f"{model_name}: not checked, its config is not on this machine")
-    if not Path(cfg.dataset_path).exists():
-        try:
-            validate_repo_id(cfg.dataset_path)
-        except HFValidationError as error:
-            raise ValueError(
-                f"dataset_path={cfg.dataset_path!r} is neither a folder nor a name on the Hub: "
-                f"{error}"
-            ) from error
-        lines.append(f"{cfg.dataset_path}: not checked, it is on the Hub")
+    sae = cfg.sae
+    lines = _describe_model(cfg) if activations is None else [_describe(activations, cfg)]
     for name in ("output_path", "checkpoint_path"):
         if getattr(cfg, name) is not None:
             check_writable(name, Path(getattr(cfg, name)))
@@ -71,12 +63,42 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_sweep(sweep: Sweep) -> str:
+def describe_sweep(sweep: Sweep, activations: Activations | None = None) -> str:
     """As `describe_run`, of the first SAE of a sweep, and how much all of them are."""
     saes = [cfg.sae for cfg in sweep.cfgs.values()]
     return (
-        f"{describe_run(sweep.cfg)}\nthis is the first of {len(saes)} SAEs from one pass: "
-        f"{', '.join(sweep.cfgs)}\ntogether {_size(saes)}"
+        f"{describe_run(sweep.cfg, activations)}\nthis is the first of {len(saes)} SAEs from one "
+        f"pass: {', '.join(sweep.cfgs)}\ntogether {_size(saes)}"
+    )
+
+
+def _describe_model(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
+    lines = []
+    if cfg.model_class_name == "HookedTransformer":
+        model_name = short_model_name(cfg.model_name)
+        try:
+            check_hook_name(cfg.hook_name, cfg.sae.d_in, model_name, "sae")
+            lines.append(f"{cfg.hook_name} of {model_name}: width {cfg.sae.d_in}, as sae.d_in")
+        except OSError:
+            lines.append(f"{model_name}: not checked, its config is not on this machine")
+    if not Path(cfg.dataset_path).exists():
+        try:
+            validate_repo_id(cfg.dataset_path)
+        except HFValidationError as error:
+            raise ValueError(
+                f"dataset_path={cfg.dataset_path!r} is neither a folder nor a name on the Hub: "
+                f"{error}"
+            ) from error
+        lines.append(f"{cfg.dataset_path}: not checked, it is on the Hub")
+    return lines
+
+
+def _describe(activations: Activations, cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    n_epochs = cfg.training_tokens / activations.n_rows
+    return (
+        f"{activations.name}: {activations.n_rows:,} rows of width {activations.d_in} in "
+        f"{len(activations.shards):,} shards, {str(activations.dtype).removeprefix('torch.')}; "
+        f"{n_epochs:.2f} epochs"
     )
 
 

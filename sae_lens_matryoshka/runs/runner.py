@@ -11,12 +11,18 @@ from typing import Any
 import torch
 import wandb
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, constants
+from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import SafetensorError, safe_open
 from typing_extensions import override
 
 from sae_lens_matryoshka.runs.config import flat
+from sae_lens_matryoshka.runs.from_activations import (
+    batches_for,
+    config_without_model,
+    initial_sae,
+)
 from sae_lens_matryoshka.runs.interruption import (
     InterruptibleFit,
     n_completed_steps,
@@ -64,31 +70,50 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     A run may resume on another number of processes. docs/scaling.md says more.
 
     Args:
-        cfg: Config of the run. All arguments are those of SAELens' runner.
+        cfg: Config of the run.
+        override_dataset: As in SAELens' runner, like `override_model` and `override_sae`.
+        activations: Activations to train on instead of a model's, as `ActivationBatches` takes
+            them. Fields of `cfg` that concern a model, its hook or its data set are ignored.
         process_timeout: Seconds that one of several processes waits for the others.
 
     Raises:
         ValueError: `cfg.resume_from_checkpoint` can't be resumed, or the run can't be split over
-            the processes; before the model is loaded.
+            the processes; before the model is loaded. Or the activations can't be read or do not
+            fit `cfg`.
     """
 
     @override
     def __init__(
         self,
         cfg: LanguageModelSAERunnerConfig[Any],
-        *args: Any,
+        override_dataset: HfDataset | None = None,
+        override_model: Any = None,
+        override_sae: TrainingSAE[Any] | None = None,
+        *,
+        activations: Any = None,
         process_timeout: float = DEFAULT_TIMEOUT,
-        **overrides: Any,
     ):
         check_resumable(cfg)
-        self.processes = Processes.start(cfg.device, process_timeout)
+        if activations is not None and not (override_dataset is None and override_model is None):
+            raise ValueError("activations replace a model and its data set: give one or the other.")
+        self.processes = processes = Processes.start(cfg.device, process_timeout)
         with ExitStack() as on_error:
-            if self.processes is not None:
-                on_error.callback(self.processes.close)
-                _prepare_for(self.processes, cfg)
-            super().__init__(cfg, *args, **overrides)
-            if self.processes is not None:
-                take_share(self.activations_store, self.processes, cfg.train_batch_size_tokens)
+            if processes is not None:
+                on_error.callback(processes.close)
+                _prepare_for(processes, cfg)
+            # rows that exist already are shared by `batches_for`
+            self._text_sharers = processes if activations is None else None
+            if activations is None:
+                super().__init__(cfg, override_dataset, override_model, override_sae)
+                if processes is not None:
+                    take_share(self.activations_store, processes, cfg.train_batch_size_tokens)
+            else:
+                rank, n = (0, 1) if processes is None else (processes.rank, processes.n)
+                batches: Any = batches_for(cfg, activations, rank, n)
+                self.activations_store = batches
+                self.cfg = config_without_model(cfg, batches.metadata)
+                self.sae = override_sae if override_sae is not None else initial_sae(self.cfg)
+                self.evaluator: Any = None
             on_error.pop_all()
 
     @override
@@ -158,7 +183,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             trainer.data_provider = self.processes.together(
                 trainer.data_provider,
                 signum=lambda: fit.signum,
-                n_texts=lambda: self.activations_store.n_dataset_processed,
+                n_texts=lambda: getattr(self.activations_store, "n_dataset_processed", 0),
             )
         sae = fit.run()
         reorder_latents(trainer)  # the SAE that is saved, and the sparsities beside it
@@ -169,14 +194,14 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
-        if self.processes is not None and checkpoint_path is not None:
-            save_positions(checkpoint_path, self.processes)
+        if checkpoint_path is not None and self._text_sharers is not None:
+            save_positions(checkpoint_path, self._text_sharers)
 
     def _load_position(self, checkpoint: Path) -> None:
-        if self.processes is None:
-            self.activations_store.load_from_checkpoint(checkpoint)
+        if self._text_sharers is not None:
+            load_position(self.activations_store, checkpoint, self._text_sharers)
         else:
-            load_position(self.activations_store, checkpoint, self.processes)
+            self.activations_store.load_from_checkpoint(checkpoint)
 
 
 def _prepare_for(processes: Processes, cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -4,14 +4,15 @@
 position of each latent.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_matryoshka.training.joined_batch import JoinedBatch
+if TYPE_CHECKING:
+    from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 
 # the dimension over latents of each tensor that a training SAE of this package holds
 LATENT_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "firing_rates": 0}
@@ -24,7 +25,7 @@ def update_rates(
     latents: Int[torch.Tensor, " n"],
     is_firing: Bool[torch.Tensor, " n"],
     batch_size: int,
-    joined_batch: JoinedBatch,
+    joined_batch: "JoinedBatch",
 ) -> Float[torch.Tensor, " d_sae"]:
     """The moving average of how often each latent fires, after one more batch.
 

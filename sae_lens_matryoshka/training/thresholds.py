@@ -2,13 +2,15 @@
 
 import math
 from bisect import bisect_left
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens import SAE, JumpReLUSAE
 
-from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.util.checks import checked_number
+
+if TYPE_CHECKING:
+    from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 
 _CHUNK_ELEMENTS = 2**24  # of the scores that are in memory at once
 # What SAELens remembers of the last input, to undo its normalisation.
@@ -169,7 +171,7 @@ class ActivationSample:
         """(N, d_in); None before the first batch."""
         return None if self._rows is None else self._rows[: self._n_filled]
 
-    def add(self, batch: torch.Tensor, joined_batch: JoinedBatch) -> None:
+    def add(self, batch: torch.Tensor, joined_batch: "JoinedBatch") -> None:
         """Take rows of a joined batch, of which this process has `batch` (B, d_in).
 
         Rows of other processes are 0 here until `join`.
@@ -205,7 +207,7 @@ class ActivationSample:
         assert self._rows is not None
         self._rows[: self._n_filled] = rows
 
-    def join(self, joined_batch: JoinedBatch) -> None:
+    def join(self, joined_batch: "JoinedBatch") -> None:
         """Give every process the rows of all of them."""
         if self._rows is not None and not self._is_joined:
             self._rows = joined_batch.sum(self._rows)

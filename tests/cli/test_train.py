@@ -48,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModelSAERunnerConfi
     configs = []
 
     class Runner:
-        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any]):
+        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], activations: Any):
             configs.append(cfg)
 
         def run(self) -> None:

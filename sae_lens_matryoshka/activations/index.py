@@ -1,0 +1,106 @@
+"""`activations.json`: what `sae-matryoshka cache` has written to a folder, with checksums.
+
+A shard holds a checksum of each block of its rows, and the index a checksum of these checksums. So
+blocks are checked as they are read, and a shard that was swapped as soon as it is opened.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from xxhash import xxh3_64
+
+from sae_lens_matryoshka.util.files import atomic_file
+
+INDEX_FILENAME = "activations.json"
+BLOCK_ROWS = 256  # rows that are read and checked together
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as it was written.
+
+    Attributes:
+        name: File name in the folder.
+        n_rows: Number of rows.
+        n_bytes: Size of the file.
+        checksum: `shard_checksum` of its `checksums`.
+    """
+
+    name: str
+    n_rows: int
+    n_bytes: int
+    checksum: str
+
+
+@dataclass
+class Index:
+    """The shards of a folder, and where their rows come from.
+
+    Attributes:
+        d_in: Width of a row.
+        dtype: "float32", "float16", "bfloat16" or "int8".
+        metadata: The fields of SAELens' `SAEMetadata` that say where activations come from.
+        settings: Other settings that the rows depend on.
+        n_batches: Batches of prompts that the shards hold, whole ones, from the data set's start.
+        shards: In their order.
+    """
+
+    d_in: int
+    dtype: str
+    metadata: dict[str, Any]
+    settings: dict[str, Any]
+    n_batches: int = 0
+    shards: list[ShardEntry] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        return sum(shard.n_rows for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's index, all or nothing."""
+        text = json.dumps({"format_version": _FORMAT_VERSION, **asdict(self)}, indent=1)
+        with atomic_file(folder / INDEX_FILENAME) as path:
+            path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """The index of a folder.
+
+        Raises:
+            ValueError: it is broken, or of a later version of this package.
+        """
+        path = folder / INDEX_FILENAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format_version")
+            if version != _FORMAT_VERSION:
+                raise ValueError(f"its format_version is {version!r}, not {_FORMAT_VERSION}")
+            shards = [ShardEntry(**shard) for shard in values.pop("shards")]
+            return cls(**values, shards=shards)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} can't be read: {error}.") from error
+
+
+def block_checksum(*tensors: Shaped[torch.Tensor, "rows ..."]) -> int:
+    """A checksum of the bytes of contiguous tensors, as a signed integer of 64 bits."""
+    checksum = xxh3_64()
+    for tensor in tensors:
+        checksum.update(tensor.view(torch.uint8).numpy())
+    return int(np.uint64(checksum.intdigest()).astype(np.int64))
+
+
+def block_checksums(*tensors: Shaped[torch.Tensor, "rows ..."]) -> Int[torch.Tensor, " blocks"]:
+    """The checksum of each block of `BLOCK_ROWS` rows."""
+    blocks = zip(*(tensor.split(BLOCK_ROWS) for tensor in tensors), strict=True)
+    return torch.tensor([block_checksum(*block) for block in blocks], dtype=torch.int64)
+
+
+def shard_checksum(checksums: Int[torch.Tensor, " blocks"]) -> str:
+    """The checksum of a shard from those of its blocks."""
+    return xxh3_64(checksums.numpy()).hexdigest()
