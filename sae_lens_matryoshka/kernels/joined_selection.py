@@ -18,7 +18,6 @@ from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.collectives import gathered
 
 _DIGIT_BITS = 11
-_N_DIGITS = 2**_DIGIT_BITS
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Shares differ by a few per cent, and a code too many costs less than another selection.
 _EXTRA = 1.125
@@ -106,12 +105,13 @@ def _nth_largest(
     n_left = keys.new_full((), n)
     for shift in reversed(range(0, n_bits, _DIGIT_BITS)):
         is_counted = (keys > 0) & (keys >> shift >> _DIGIT_BITS == cut >> shift >> _DIGIT_BITS)
-        digits = (keys >> shift) & (_N_DIGITS - 1)
-        counts = keys.new_zeros(_N_DIGITS).index_add_(0, digits, is_counted.long())
+        n_digits = 2 ** min(_DIGIT_BITS, n_bits - shift)
+        digits = (keys >> shift) & (n_digits - 1)
+        counts = keys.new_zeros(n_digits).index_add_(0, digits, is_counted.long())
         dist.all_reduce(counts, group=group)
         n_from = counts.flip(0).cumsum(0)  # from the largest digit down
         n_left = torch.minimum(n_left, n_from[-1])
         n_larger_digits = (n_from < n_left).sum()
         n_left = n_left - torch.where(n_larger_digits > 0, n_from[n_larger_digits - 1], 0)
-        cut = cut | (_N_DIGITS - 1 - n_larger_digits) << shift
+        cut = cut | (n_digits - 1 - n_larger_digits) << shift
     return cut, n_left

@@ -83,7 +83,7 @@ class InterruptibleFit:
                 trainer.is_writer, final = self._processes.rally(error)
             if n_completed_steps(trainer) > n_steps_before:
                 message = self._save()[1]
-                if trainer.is_writer:
+                if self._processes is None or trainer.is_writer:
                     logger.error(message)
             if final is not error:
                 raise final from error

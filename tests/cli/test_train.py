@@ -48,7 +48,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModelSAERunnerConfi
     configs = []
 
     class Runner:
-        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], activations: Any):
+        processes = None
+
+        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], process_timeout: float):
             configs.append(cfg)
 
         def run(self) -> None:

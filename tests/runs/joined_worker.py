@@ -1,4 +1,4 @@
-"""Run by torchrun: trains on shares of joined batches, and on rank 0 on the whole batches too."""
+"""Run by torchrun: selects and trains on shares of joined batches, and on the whole of them."""
 
 import json
 import sys
@@ -11,8 +11,11 @@ import torch.distributed as dist
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_matryoshka.kernels.codes import Codes
+from sae_lens_matryoshka.kernels.joined_selection import select_joined
 from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from tests.runs.variants import VARIANTS, variant_config
+from tests.steps import relative_error
 
 N_STEPS, BATCH_SIZE, D_IN, D_SAE = 50, 24, 8, 48
 
@@ -74,10 +77,63 @@ def train(
     }
 
 
+def select(scores: torch.Tensor, n_keep: int) -> Codes:
+    """The n_keep largest positive scores, ties by index."""
+    flat = scores.flatten()
+    order = flat.argsort(descending=True, stable=True)[:n_keep]
+    kept = order[(flat[order] <= 0).logical_not()].sort().values  # NaN is kept
+    rows, latents = kept // scores.shape[1], kept % scores.shape[1]
+    return Codes(rows, latents, flat[kept], flat[kept], cut=0.0)
+
+
+def score_matrices(n: int) -> dict[str, torch.Tensor]:
+    """Scores of n processes with 4 rows each."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(4 * n, 32, generator=generator)
+    uneven = plain.abs()
+    uneven[:4] += 10  # all that are kept are on rank 0
+    few = plain.clone()
+    few[few < few.flatten().topk(7).values[-1]] = -1
+    nan = plain.clone()
+    nan[5, 3] = -torch.nan
+    return {
+        "plain": plain,
+        "float64": plain.double() + 1e-12 * plain.T.double().reshape(plain.shape),
+        "bfloat16": plain.bfloat16(),
+        "uneven": uneven,
+        "fewer positive than are kept": few,
+        "none positive": -uneven,
+        "all equal": torch.ones_like(plain),
+        "ties": (4 * plain).round(),
+        "tiny and huge": plain * 10.0 ** torch.randint(-40, 38, plain.shape, generator=generator),
+        "NaN": nan,
+        "infinite": plain / (plain.abs() > 0.1),
+    }
+
+
+def misplaced(scores: torch.Tensor, n_keep: int) -> int:
+    """On how many entries `select_joined` differs from `select` of the joined batch."""
+    rank = dist.get_rank()
+    own = scores[4 * rank : 4 * rank + 4]
+    group = dist.group.WORLD
+    assert group is not None
+    codes = select_joined(lambda n: select(own, n), n_keep, own.numel(), group)
+    is_kept = torch.zeros_like(own, dtype=torch.bool)
+    is_kept[codes.rows, codes.latents] = True
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    joined = select(scores, n_keep)
+    expected[joined.rows, joined.latents] = True
+    return int((is_kept != expected[4 * rank : 4 * rank + 4]).sum())
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank, n = dist.get_rank(), dist.get_world_size()
     errors: dict[str, dict[str, float]] = {}
+    for name, scores in score_matrices(n).items():
+        wrong = torch.tensor([misplaced(scores, n_keep) for n_keep in (0, 1, 20, scores.numel())])
+        dist.all_reduce(wrong)
+        errors[name] = {"misplaced": int(wrong.sum())}
     for name in VARIANTS:
         for dtype in ("float64", "float32"):
             generator = torch.Generator().manual_seed(1)
@@ -89,10 +145,7 @@ def main(out: Path) -> None:
             joined = train(name, dtype, share, dist.group.WORLD)
             alone = train(name, dtype, batches, None)
             errors[f"{name} {dtype}"] = {
-                key: (
-                    (joined[key] - alone[key]).double().norm() / (1 + alone[key].double().norm())
-                ).item()
-                for key in alone
+                key: relative_error(joined[key], value) for key, value in alone.items()
             }
     if rank == 0:
         out.write_text(json.dumps(errors))

@@ -45,6 +45,28 @@ def test_as_one_process_with_the_joined_batch(
     assert not too_far
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        "plain",
+        "float64",
+        "bfloat16",
+        "uneven",
+        "fewer positive than are kept",
+        "none positive",
+        "all equal",
+        "ties",
+        "tiny and huge",
+        "NaN",
+        "infinite",
+    ],
+)
+def test_the_largest_scores_of_the_joined_batch(
+    errors: dict[str, dict[str, float]], scores: str
+) -> None:
+    assert errors[scores] == {"misplaced": 0}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ends")
