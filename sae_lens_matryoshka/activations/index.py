@@ -18,6 +18,21 @@ from sae_lens_matryoshka.util.files import atomic_file
 
 INDEX_FILENAME = "activations.json"
 BLOCK_ROWS = 256  # rows that are read and checked together
+# What SAELens copies from a run's config to the metadata of its SAE
+METADATA_FIELDS = (
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "hook_name",
+    "hook_head_index",
+    "dataset_path",
+    "context_size",
+    "seqpos_slice",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+)
 _FORMAT_VERSION = 1
 
 
@@ -45,7 +60,7 @@ class Index:
     Attributes:
         d_in: Width of a row.
         dtype: "float32", "float16", "bfloat16" or "int8".
-        metadata: The fields of SAELens' `SAEMetadata` that say where activations come from.
+        metadata: `METADATA_FIELDS` of the run that they come from.
         settings: Other settings that the rows depend on.
         n_batches: Batches of prompts that the shards hold, whole ones, from the data set's start.
         shards: In their order.

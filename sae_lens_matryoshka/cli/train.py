@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
     has_config = bool(words) and not words[0].startswith("-")
     values = read_config(words[0]) if has_config else {}
-    flags = _flags(words[has_config:])
+    flags = field_flags(words[has_config:])
     if not has_config and any(word.endswith((".yaml", ".yml")) for word in words):
         raise ValueError("the config comes first, before the flags.")
     if "sae.architecture" in flags:
@@ -71,7 +71,7 @@ def _open_activations(words: Sequence[str] | None) -> Activations | None:
     return open_activations(words[0])
 
 
-def _flags(words: Sequence[str]) -> dict[str, list[str]]:
+def field_flags(words: Sequence[str]) -> dict[str, list[str]]:
     """The words after each `--field`; the last ones of a field that is given twice."""
     flags: dict[str, list[str]] = {}
     values: list[str] | None = None
