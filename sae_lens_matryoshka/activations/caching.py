@@ -8,7 +8,6 @@ after the last whole shard by skipping the texts before it, without running the 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from jaxtyping import Float
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.config import HfDataset
 from sae_lens.load_model import load_model
-from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.activations.index import (
@@ -25,12 +23,10 @@ from sae_lens_matryoshka.activations.index import (
     INDEX_FILENAME,
     METADATA_FIELDS,
     Index,
-    ShardEntry,
-    block_checksums,
-    shard_checksum,
+    write_shard,
 )
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
-from sae_lens_matryoshka.util.files import atomic_file, check_writable
+from sae_lens_matryoshka.util.files import check_writable
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 _SETTINGS = (
@@ -139,7 +135,7 @@ class Cache:
                 n_read = 0
                 for rows in _batches(store, self._batches_per_shard):
                     self._check_batch(rows, len(batches))
-                    batches.append(_stored(rows.cpu(), self.index.dtype))
+                    batches.append(stored(rows.cpu(), self.index.dtype))
                     n_read += len(rows)
                     bar.update(min(len(rows), cfg.training_tokens - bar.n))
                     if n_read >= n_missing:
@@ -166,26 +162,10 @@ class Cache:
 
     def _write_shard(self, batches: list[dict[str, torch.Tensor]], n_rows: int) -> None:
         """Write the first rows of these batches, mixed."""
-        index, i = self.index, len(self.index.shards)
-        generator = torch.Generator().manual_seed(self.cfg.seed + i)
+        generator = torch.Generator().manual_seed(self.cfg.seed + len(self.index.shards))
         order = torch.randperm(n_rows, generator=generator)
         tensors = {name: torch.cat([b[name] for b in batches])[order] for name in batches[0]}
-        checksums = block_checksums(*tensors.values())
-        data = save({**tensors, "checksums": checksums})
-        path = self.folder / f"{i:05}.safetensors"
-        shard = ShardEntry(path.name, n_rows, len(data), shard_checksum(checksums))
-        n_batches = index.n_batches + len(batches)
-        index = replace(index, n_batches=n_batches, shards=[*index.shards, shard])
-        try:
-            with atomic_file(path) as unfinished:
-                unfinished.write_bytes(data)
-            index.write(self.folder)
-        except OSError as error:
-            raise OSError(
-                f"{path} can't be written: {error}. The {i} shards before it are whole; the same "
-                "command resumes after them."
-            ) from error
-        self.index = index
+        self.index = write_shard(self.folder, self.index, tensors, len(batches))
 
 
 def _of_config(cfg: LanguageModelSAERunnerConfig[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -229,8 +209,8 @@ def _batches(store: ActivationsStore, n: int) -> Iterator[Float[torch.Tensor, "r
             yield store.get_filtered_llm_batch(raise_on_epoch_end=True)
 
 
-def _stored(rows: Float[torch.Tensor, "rows d_in"], dtype: str) -> dict[str, torch.Tensor]:
-    """The tensors of a shard."""
+def stored(rows: Float[torch.Tensor, "rows d_in"], dtype: str) -> dict[str, torch.Tensor]:
+    """The tensors of a shard: the rows in a dtype of `DTYPES`, with their scales if it is int8."""
     if dtype != "int8":
         return {"activations": rows.to(getattr(torch, dtype))}
     scales = rows.abs().amax(1) / _INT8_MAX

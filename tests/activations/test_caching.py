@@ -147,10 +147,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.activations.test_caching import cache, write
-from sae_lens_matryoshka.activations import caching
+from sae_lens_matryoshka.activations import index
 
 def dies(function, before=lambda *args: None):
-    """The function, whose third call kills the process."""
+    "The function, whose third call kills the process."
     calls = []
     def call(*args):
         calls.append(args)
@@ -163,9 +163,9 @@ write_bytes = Path.write_bytes
 if sys.argv[2] == "in a shard":
     Path.write_bytes = dies(write_bytes, lambda path, data: write_bytes(path, data[:1000]))
 elif sys.argv[2] == "before the index":
-    caching.Index.write = dies(caching.Index.write)
+    index.Index.write = dies(index.Index.write)
 else:
-    caching.block_checksums = dies(caching.block_checksums)
+    index.block_checksums = dies(index.block_checksums)
 write(cache(Path(sys.argv[1])))
 """
 
