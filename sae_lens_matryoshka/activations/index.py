@@ -5,19 +5,36 @@ blocks are checked as they are read, and a shard that was swapped as soon as it 
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
+from safetensors.torch import save
 from xxhash import xxh3_64
 
 from sae_lens_matryoshka.util.files import atomic_file
 
 INDEX_FILENAME = "activations.json"
 BLOCK_ROWS = 256  # rows that are read and checked together
+# What SAELens copies from a run's config to the metadata of its SAE
+METADATA_FIELDS = (
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "hook_name",
+    "hook_head_index",
+    "dataset_path",
+    "context_size",
+    "seqpos_slice",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+)
 _FORMAT_VERSION = 1
 
 
@@ -45,7 +62,7 @@ class Index:
     Attributes:
         d_in: Width of a row.
         dtype: "float32", "float16", "bfloat16" or "int8".
-        metadata: The fields of SAELens' `SAEMetadata` that say where activations come from.
+        metadata: `METADATA_FIELDS` of the run that they come from.
         settings: Other settings that the rows depend on.
         n_batches: Batches of prompts that the shards hold, whole ones, from the data set's start.
         shards: In their order.
@@ -87,11 +104,47 @@ class Index:
             raise ValueError(f"{path} can't be read: {error}.") from error
 
 
+def write_shard(
+    folder: Path, index: Index, tensors: Mapping[str, torch.Tensor], n_batches: int
+) -> Index:
+    """Write one more shard, and then the index.
+
+    Args:
+        folder: Where to.
+        index: What it holds before.
+        tensors: The rows of the shard, as `activations`, and as `scales` if they are int8.
+        n_batches: Batches of prompts in the shard.
+
+    Returns:
+        What the folder holds now.
+
+    Raises:
+        OSError: a file can't be written; the folder holds what it held before.
+    """
+    checksums = block_checksums(*tensors.values())
+    # not `save_file`, whose error for a full disk is no OSError
+    data = save({**tensors, "checksums": checksums})
+    path = folder / f"{len(index.shards):05}.safetensors"
+    n_rows = len(tensors["activations"])
+    shard = ShardEntry(path.name, n_rows, len(data), shard_checksum(checksums))
+    index = replace(index, n_batches=index.n_batches + n_batches, shards=[*index.shards, shard])
+    try:
+        with atomic_file(path) as unfinished:
+            unfinished.write_bytes(data)
+        index.write(folder)
+    except OSError as error:
+        raise OSError(
+            f"{path} can't be written: {error}. The {len(index.shards) - 1} shards before it are "
+            "whole; the same command resumes after them."
+        ) from error
+    return index
+
+
 def block_checksum(*tensors: Shaped[torch.Tensor, "rows ..."]) -> int:
     """A checksum of the bytes of contiguous tensors, as a signed integer of 64 bits."""
     checksum = xxh3_64()
     for tensor in tensors:
-        checksum.update(tensor.view(torch.uint8).numpy())
+        checksum.update(tensor.view(torch.uint8).numpy().data)
     return int(np.uint64(checksum.intdigest()).astype(np.int64))
 
 
@@ -103,4 +156,4 @@ def block_checksums(*tensors: Shaped[torch.Tensor, "rows ..."]) -> Int[torch.Ten
 
 def shard_checksum(checksums: Int[torch.Tensor, " blocks"]) -> str:
     """The checksum of a shard from those of its blocks."""
-    return xxh3_64(checksums.numpy()).hexdigest()
+    return xxh3_64(checksums.numpy().data).hexdigest()

@@ -248,7 +248,8 @@ def _map_file(path: Path) -> _MappedRows:
 
 
 def _shard_of_rows(rows: _MappedRows) -> Shard:
-    return Shard(rows.name, *rows.values.shape, rows.values.dtype, lambda: rows)
+    n_rows, d_in = rows.values.shape
+    return Shard(rows.name, n_rows, d_in, rows.values.dtype, lambda: rows)
 
 
 def _shard_of_file(path: Path) -> Shard:

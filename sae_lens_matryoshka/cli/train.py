@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     words = [word for word in args.words if word not in ("--dry-run", "--help", "-h")]
     has_config = bool(words) and not words[0].startswith("-")
     values = read_config(words[0]) if has_config else {}
-    flags = _flags(words[has_config:])
+    flags = field_flags(words[has_config:])
     own = {name: flags.pop(name, None) for name in _OPTIONS}
     if not has_config and any(word.endswith((".yaml", ".yml")) for word in words):
         raise ValueError("the config comes first, before the flags.")
@@ -101,7 +101,7 @@ def _only_word(name: str, given: Mapping[str, Sequence[str] | None], accepted: s
     return words[0]
 
 
-def _flags(words: Sequence[str]) -> dict[str, list[str]]:
+def field_flags(words: Sequence[str]) -> dict[str, list[str]]:
     """The words after each `--field`; the last ones of a field that is given twice, all of vary."""
     flags: dict[str, list[str]] = {}
     values: list[str] | None = None

@@ -9,40 +9,31 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_matryoshka.activations.batches import ActivationBatches
-
-# What SAELens copies from a run's config to the metadata of its SAE
-METADATA_FIELDS = (
-    "model_name",
-    "model_class_name",
-    "model_from_pretrained_kwargs",
-    "hook_name",
-    "hook_head_index",
-    "dataset_path",
-    "context_size",
-    "seqpos_slice",
-    "prepend_bos",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-)
+from sae_lens_matryoshka.activations.index import METADATA_FIELDS
 
 
-def batches_for(cfg: LanguageModelSAERunnerConfig[Any], activations: Any) -> ActivationBatches:
-    """The batches of a run.
+def batches_for(
+    cfg: LanguageModelSAERunnerConfig[Any], activations: Any, rank: int = 0, world_size: int = 1
+) -> ActivationBatches:
+    """The batches of a run, or of one of its processes.
 
     Args:
-        cfg: Its config.
+        cfg: Its config; `train_batch_size_tokens` is the batch of all processes.
         activations: As `ActivationBatches` takes them.
+        rank: This process, from 0.
+        world_size: Number of processes.
 
     Raises:
         ValueError: they can't be read, are fewer than a batch, or have another width than the SAE.
     """
     batches = ActivationBatches(
         activations,
-        cfg.train_batch_size_tokens,
+        cfg.train_batch_size_tokens // world_size,
         seed=cfg.seed,
         device=cfg.act_store_device or cfg.device,
         dtype=DTYPE_MAP[cfg.dtype],
+        rank=rank,
+        world_size=world_size,
     )
     if cfg.sae.d_in != batches.d_in:
         raise ValueError(

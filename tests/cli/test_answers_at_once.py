@@ -6,18 +6,18 @@ import sys
 
 import pytest
 
-COMMANDS = ("train", "levels", "eval", "synth", "publish", "demo")
+COMMANDS = ("train", "cache", "levels", "eval", "synth", "publish", "demo")
 ANSWERS = {  # the first word, the rest, and the answer
     "--help": "usage: sae-matryoshka",
     "--version": "sae-matryoshka 0.",
-    "trian": "error: 'trian' is not a command (train, levels, eval, synth, publish, demo); did you",
+    "trian": "error: 'trian' is not a command (train, cache, levels, eval, synth, publish, demo); ",
     "--hepl": "error: '--hepl' is not a command",
     "": "error: the following arguments are required: COMMAND",
     **{f"{name} --help": f"usage: sae-matryoshka {name}" for name in COMMANDS if name != "train"},
     **{
         f"{name} --wrong": f"error: --wrong is not an option of sae-matryoshka {name}"
         for name in COMMANDS
-        if name != "train"  # its options are fields of a config
+        if name not in ("train", "cache")  # their options are fields of SAELens' classes
     },
     "train --wrong 3": "error: wrong is not a field of a training config.",
     "train --lrr 3 --dry-run": "error: lrr is not a field of a training config; did you mean lr?",
@@ -28,6 +28,8 @@ ANSWERS = {  # the first word, the rest, and the answer
     "train lr": "error: lr cannot be read",
     "levels sae --activation x --datset y": "--datset is not an option of sae-matryoshka levels; "
     "did you mean --dataset",
+    "cache": "error: cache needs a config: sae-matryoshka cache CONFIG.yaml --out DIR",
+    "cache --out x": "error: cache needs a config",
     "eval sae": "error: the following arguments are required: --out",
     "eval sae --out x core.dataset": "error: 'core.dataset' is not an option",
     "publish sae": "error: the following arguments are required: REPO_ID",
