@@ -49,6 +49,7 @@ class LockstepTrainer(MultiSAETrainer):
     """
 
     trainers: dict[str, Any]  # MatryoshkaTrainer's, for which the base class has no room
+    is_writer = True  # as in MatryoshkaTrainer: the only process
     data_provider: Any  # MultiSAETrainer's yields a batch for each hook
 
     @override
