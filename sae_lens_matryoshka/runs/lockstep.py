@@ -49,6 +49,7 @@ class LockstepTrainer(MultiSAETrainer):
     """
 
     trainers: dict[str, Any]  # MatryoshkaTrainer's, for which the base class has no room
+    is_writer = True  # as in MatryoshkaTrainer: the only process
     data_provider: Any  # MultiSAETrainer's yields a batch for each hook
 
     @override
@@ -116,15 +117,23 @@ class LockstepTrainer(MultiSAETrainer):
         self._maybe_log_sparsity()
 
     def step(self, batch: Float[torch.Tensor, "batch d_in"]) -> dict[str, TrainStepOutput]:
-        """One step of every SAE; the outputs of those that did not fail, by name.
+        """One step of every SAE.
+
+        Returns:
+            The outputs of those that did not fail, by name, if they are to be logged.
 
         Raises:
             Exception: every SAE failed.
         """
-        results = {name: _output_or_error(each, batch) for name, each in self.trainers.items()}
-        errors = {name: each for name, each in results.items() if isinstance(each, Exception)}
-        outputs = {name: each for name, each in results.items() if not isinstance(each, Exception)}
-        if not outputs:
+        outputs: dict[str, TrainStepOutput] = {}
+        errors: dict[str, Exception] = {}
+        for name, trainer in self.trainers.items():
+            result = _output_or_error(trainer, batch)
+            if isinstance(result, Exception):
+                errors[name] = result
+            elif self._is_logging_step():  # otherwise their memory is free for the next SAE
+                outputs[name] = result
+        if len(errors) == len(self.trainers):
             raise next(iter(errors.values()))
         for name, error in errors.items():
             self._undo_step[name]()
@@ -159,7 +168,10 @@ class LockstepTrainer(MultiSAETrainer):
         del self.saes[name]
         self.failures[name] = f"after step {n_completed_steps(trainer)}: {error}"
         _, saved = save_interrupted(trainer)
-        logger.error(f"{name} failed {self.failures[name]} Without it the sweep continues; {saved}")
+        logger.error(
+            f"The sweep continues without {name}, which failed {self.failures[name]}\n"
+            f"Of {name} alone, {saved}"
+        )
 
     @override
     @torch.no_grad()

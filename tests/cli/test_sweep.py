@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,20 @@ def test_dry_run_names_the_saes_and_their_size(tmp_path, monkeypatch, capsys: Ca
         "together 1,812,341,760 parameters, 27.0 GiB with gradients and Adam's moments in float32",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_model")
+def test_fields_of_one_of_the_architectures_are_accepted(config, monkeypatch, capsys):
+    """Also where names are checked before SAELens is imported."""
+    not_imported = SimpleNamespace(modules={})
+    monkeypatch.setattr("sae_lens_matryoshka.runs.field_names.sys", not_imported)
+    monkeypatch.setattr("sae_lens_matryoshka.runs.dry_run.check_hook_name", lambda *_: None)
+    monkeypatch.setattr("sae_lens_matryoshka.runs.dry_run.short_model_name", lambda name: name)
+    words = ["train", str(config), "--dry-run", "--dataset_path", "a", "--sae.l0_coefficient", "2"]
+    assert cli.main([*words, "--vary", "k=2,4"]) == 2
+    assert "sae.l0_coefficient is not a field" in capsys.readouterr().err
+    assert cli.main([*words, "--vary", "architecture=matryoshka,matryoshka_jumprelu"]) == 0
+    assert "first of 2 SAEs from one pass: architecture=matryoshka" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_model")
