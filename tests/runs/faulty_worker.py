@@ -97,12 +97,11 @@ def run(
     }
     cfg = runner_config(sae, folder, **settings)
     try:
-        runner = MatryoshkaTrainingRunner(
-            cfg,
-            override_model=tiny_model(),
-            override_dataset=token_dataset(),
-            process_timeout=timeout,
-        )
+        if fault == "arrays":
+            source: dict[str, Any] = {"activations": folder.parent / "rows.npy"}
+        else:
+            source = {"override_model": tiny_model(), "override_dataset": token_dataset()}
+        runner = MatryoshkaTrainingRunner(cfg, **source, process_timeout=timeout)
         if fault in FAULTS:
             runner.activations_store = FaultyStore(runner.activations_store, fault, rank)  # type: ignore[assignment]
         runner.run()
@@ -112,7 +111,7 @@ def run(
             "message": str(error),
             "checkpoint": str(getattr(error, "checkpoint", None)),
         }
-    return {"n_texts": runner.activations_store.n_dataset_processed}
+    return {"n_training_samples": cfg.training_tokens}
 
 
 def checkpoint_of(folder: Path) -> Path:

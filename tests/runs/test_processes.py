@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from sae_lens_matryoshka.runs.processes import Processes
 from tests.runs import faulty_worker
 from tests.runs.variants import VARIANTS
+from tests.tiny import D_MODEL
 
 
 def torchrun(n: int, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -93,7 +95,9 @@ def ends(folder: Path, killed: Any) -> dict[int, dict[str, Any]]:
     """Runs of two processes, one after the other."""
     (folder / "killed").symlink_to(folder / "0" / "killed")
     faults = ["other config", "nan", "end", "unreadable", "sigterm", "resume sigterm"]
-    return ends_on(folder, 2, *faults, "none", "resume killed")[0]
+    rows = torch.randn(1000, D_MODEL, generator=torch.Generator().manual_seed(0))
+    np.save(folder / "rows.npy", rows.numpy())
+    return ends_on(folder, 2, *faults, "none", "resume killed", "arrays")[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -145,9 +149,10 @@ def test_any_number_of_processes_trains_and_resumes_the_same_sae(
     ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     """Two at once, two stopped and resumed, three killed and two resumed, two and then one."""
-    assert "n_texts" in faulty_worker.run(tmp_path / "one")
+    assert "error" not in faulty_worker.run(tmp_path / "one")
     checkpoint = str(faulty_worker.checkpoint_of(folder / "sigterm"))
-    assert "n_texts" in faulty_worker.run(tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    end = faulty_worker.run(tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    assert "error" not in end
     expected = load_file(tmp_path / "one" / "output" / "sae_weights.safetensors")
     resumed = folder / "resume_sigterm", folder / "resume_killed", tmp_path / "resumed"
     for output in (folder / "none", *resumed):
@@ -157,6 +162,17 @@ def test_any_number_of_processes_trains_and_resumes_the_same_sae(
             torch.testing.assert_close(threshold, expected["threshold"], rtol=1e-2, atol=0)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_processes_share_the_rows_of_an_array(
+    ends: dict[int, dict[str, Any]], folder: Path
+) -> None:
+    assert "error" not in ends[1]["arrays"]
+    weights = load_file(folder / "arrays" / "output" / "sae_weights.safetensors")
+    assert "error" not in faulty_worker.run(folder / "one", "arrays")
+    expected = load_file(folder / "one" / "output" / "sae_weights.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
