@@ -11,14 +11,18 @@ import torch
 import wandb
 from jaxtyping import Float
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 
+from sae_lens_matryoshka.runs.from_activations import initial_sae
 from sae_lens_matryoshka.runs.interruption import InterruptibleFit, handlers_restored
 from sae_lens_matryoshka.runs.lockstep import LockstepTrainer, failures_in
 from sae_lens_matryoshka.runs.runner import check_resumable
 from sae_lens_matryoshka.training.latent_order import reorder_latents
 from sae_lens_matryoshka.util.files import atomic_folder
+
+# What the SAEs of a sweep do not share
+_OWN_FIELDS = ("sae", "seed", "output_path", "checkpoint_path", "resume_from_checkpoint")
 
 _Configs = Mapping[str, LanguageModelSAERunnerConfig[Any]]
 
@@ -173,13 +177,13 @@ def _runner_of(
 ) -> LanguageModelSAETrainingRunner:
     """The runner of one SAE alone, with the model and the activations of `shared`."""
     runner = copy.copy(shared)
-    runner.cfg = cfg
+    runner.cfg = copy.copy(shared.cfg)  # which knows the model of activations without one
+    for name in _OWN_FIELDS:
+        setattr(runner.cfg, name, getattr(cfg, name))
     device = torch.device(cfg.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)
-        sae_cfg = TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict())
-        runner.sae = TrainingSAE.from_dict(sae_cfg.to_dict())
-    runner.sae.to(cfg.device)
+        runner.sae = initial_sae(cfg)
     runner._set_sae_metadata()
     runner._compile_sae_if_needed()
     return runner

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE
@@ -92,6 +93,19 @@ def test_table_of_all_saes_and_levels(config, tmp_path, monkeypatch, capsys):
     assert table.count("\n| architecture=batchtopk_k=") == 2
     assert table in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {*names, "sweep.md", "sweep.json"}
+
+
+@pytest.mark.usefixtures("no_model")
+def test_on_activations_without_a_model(config, tmp_path, capsys):
+    rows = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    words = ["--activations", str(tmp_path / "rows.npy"), "--vary", "k=2,4", "--vary", "seed=0,1"]
+    assert cli.main(["train", str(config), *words]) == 0
+    levels = json.loads((tmp_path / "out" / "sweep.json").read_text())["saes"]
+    assert list(levels) == ["k=2_seed=0", "k=2_seed=1", "k=4_seed=0", "k=4_seed=1"]
+    for name, (_, whole) in levels.items():
+        assert whole["l0"] == pytest.approx(int(name[2]), rel=0.2)  # after ten steps
+        assert SAE.load_from_disk(tmp_path / "out" / name).cfg.metadata.model_name is None
 
 
 @pytest.mark.usefixtures("model")

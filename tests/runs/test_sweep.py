@@ -24,6 +24,7 @@ from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
 D_SAE, BATCH, N_STEPS = 64, 32, 12
 K_AND_SEED = ("k=4,8", "seed=0,1")
+ROWS = torch.randn(5 * BATCH, D_MODEL, generator=torch.Generator().manual_seed(0))
 NAMES = ["k=4_seed=0", "k=4_seed=1", "k=8_seed=0", "k=8_seed=1"]
 
 
@@ -36,8 +37,12 @@ def model() -> HookedTransformer:
 def runner_of(
     model: HookedTransformer,
 ) -> Callable[[LanguageModelSAERunnerConfig[Any]], LanguageModelSAETrainingRunner]:
-    def make(cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAETrainingRunner:
+    def make(
+        cfg: LanguageModelSAERunnerConfig[Any], activations: Any = None
+    ) -> LanguageModelSAETrainingRunner:
         torch.manual_seed(cfg.seed)
+        if activations is not None:
+            return MatryoshkaTrainingRunner(cfg, activations=activations)
         return MatryoshkaTrainingRunner(cfg, override_dataset=token_dataset(), override_model=model)
 
     return make
@@ -47,7 +52,7 @@ def runner_of(
 def make_sweep(runner_of, tmp_path: Path) -> Callable[..., SweepRunner]:
     """Sweeps of 12 steps; each batch is one pass of the model, so none waits in a buffer."""
 
-    def make(*vary: str, **options: Any) -> SweepRunner:
+    def make(*vary: str, activations: Any = None, **options: Any) -> SweepRunner:
         values = {
             "model_name": "tiny",
             "hook_name": "blocks.1.hook_resid_pre",
@@ -80,7 +85,7 @@ def make_sweep(runner_of, tmp_path: Path) -> Callable[..., SweepRunner]:
         }
         given = {name: value for name, value in values.items() if value is not None}
         sweep = plan_sweep(given, {}, vary or K_AND_SEED)
-        return SweepRunner(runner_of(sweep.cfg), sweep.cfgs)
+        return SweepRunner(runner_of(sweep.cfg, activations), sweep.cfgs)
 
     return make
 
@@ -131,6 +136,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
         (["prefix_sampling=log_uniform,uniform", "seed=0,5"], {"sae__min_prefix": 4}),
         (["d_sae=32,64"], {"sae__matryoshka_widths": None}),
         (["architecture=matryoshka,matryoshka_topk,batchtopk"], {"prefetch_llm_batches": 2}),
+        (["k=4,8"], {"activations": ROWS, "prefetch_llm_batches": 2}),
     ],
 )
 def test_each_sae_is_the_one_of_its_run_alone(make_sweep, runner_of, tmp_path, vary, options):
@@ -142,7 +148,7 @@ def test_each_sae_is_the_one_of_its_run_alone(make_sweep, runner_of, tmp_path, v
         together = tmp_path / "output" / name
         assert cfg.output_path == str(together)
         cfg.output_path = str(tmp_path / "alone" / name)
-        alone = runner_of(cfg)
+        alone = runner_of(cfg, options.get("activations"))
         sae = alone.run()
         torch.testing.assert_close(
             trained.saes[name].state_dict(), sae.state_dict(), rtol=0, atol=0
@@ -181,11 +187,12 @@ def test_activations_after_those_of_training_are_held_out(make_sweep):
     assert torch.equal(held_out, torch.cat(expected))
 
 
-@pytest.mark.parametrize("normalize_activations", ["none", "expected_average_only_in"])
-def test_resumes_as_a_whole(make_sweep, normalize_activations):
-    options = {"sae__normalize_activations": normalize_activations}
+@pytest.mark.parametrize(
+    ("options", "n_estimated"),
+    [({}, 0), ({"sae__normalize_activations": "expected_average_only_in"}, 2)],
+)
+def test_resumes_as_a_whole(make_sweep, options, n_estimated):
     whole = make_sweep(**options).run()
-    n_estimated = 2 if normalize_activations != "none" else 0
     checkpoint = interrupted(make_sweep(**options), n_estimated + 7)
     assert checkpoint.name == str(7 * BATCH)
     assert sorted(path.name for path in checkpoint.iterdir()) == ["failures.json", *NAMES]
@@ -194,6 +201,15 @@ def test_resumes_as_a_whole(make_sweep, normalize_activations):
         assert (state["n_training_steps"], state["n_training_samples"]) == (7, 7 * BATCH)
     resumed = make_sweep(resume_from_checkpoint=str(checkpoint), **options).run()
     assert_equal(resumed, whole)
+
+
+def test_resumes_as_a_whole_on_activations_without_a_model(make_sweep, tmp_path):
+    whole = make_sweep("k=4,8", activations=ROWS, n_checkpoints=1).run()
+    (checkpoint,) = (tmp_path / "checkpoints" / "id").iterdir()
+    options = {"activations": ROWS, "resume_from_checkpoint": str(checkpoint)}
+    assert_equal(make_sweep("k=4,8", **options).run(), whole)
+    metadata = whole.saes["k=8"].cfg.metadata
+    assert (metadata.model_name, metadata.hook_name) == (None, None)
 
 
 def test_an_sae_of_a_checkpoint_resumes_alone(make_sweep, runner_of):
