@@ -1,7 +1,6 @@
 """Training runs that resume after a signal or an exception as if nothing had happened."""
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +24,7 @@ from sae_lens_matryoshka.runs.from_activations import (
 )
 from sae_lens_matryoshka.runs.interruption import (
     InterruptibleFit,
+    handlers_restored,
     n_completed_steps,
     save_atomically,
 )
@@ -118,11 +118,8 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        # `InterruptibleFit` replaces these until the trained SAE is saved.
-        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         with ExitStack() as at_exit:
-            for signum, handler in handlers.items():
-                at_exit.callback(signal.signal, signum, handler)
+            at_exit.enter_context(handlers_restored())
             if self.processes is not None:
                 at_exit.callback(self.processes.close)
             return self._run(at_exit)
