@@ -26,7 +26,7 @@ from sae_lens_matryoshka.activations.shards import Activations, open_activations
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
 
 STATE_FILENAME = "activations_store_state.safetensors"  # SAELens' name
-_BUFFER_ELEMENTS = 2**26  # numbers in a buffer: 87,296 rows of width 768
+_BUFFER_ELEMENTS = 2**26  # numbers in a buffer: 87,381 rows of width 768
 _N_PREFETCHED = 2  # batches that wait
 
 T = TypeVar("T")
@@ -238,11 +238,13 @@ class _Shuffled:
         self.dtype = torch.float32 if activations.dtype == torch.int8 else activations.dtype
 
     def buffers(self, seed: int, epoch: int) -> Iterator[Buffer]:
-        activations, n = self._activations, blocks_per_buffer(self.d_in)
+        activations = self._activations
         order = _permutation(len(activations.block_rows), seed, epoch)
+        stops = activations.block_rows[order].cumsum()
+        is_last = np.diff((stops - 1) // rows_per_buffer(self.d_in)) > 0
         start = 0
-        for i in range(0, len(order), n):
-            blocks = np.sort(order[i : i + n])  # files are read faster in their own order
+        for blocks in np.split(order, is_last.nonzero()[0] + 1):
+            blocks.sort()  # files are read faster in their own order
             block_rows = activations.block_rows[blocks].tolist()
             yield Buffer(start, block_rows, map(activations.read_block, blocks))
             start += sum(block_rows)
@@ -267,13 +269,14 @@ class _Stream:
         self.d_in, self.dtype, self.metadata = opened.d_in, opened.dtype, opened.metadata
 
     def buffers(self, seed: int, epoch: int) -> Iterator[Buffer]:
-        start = 0
+        start = n_rows = 0
         blocks: list[torch.Tensor] = []
         for block in self._blocks():
             blocks.append(block)
-            if len(blocks) == blocks_per_buffer(self.d_in):
+            n_rows += len(block)
+            if n_rows >= rows_per_buffer(self.d_in):
                 yield _buffer_of(blocks, start)
-                start, blocks = start + sum(map(len, blocks)), []
+                start, n_rows, blocks = start + n_rows, 0, []
         if blocks:
             yield _buffer_of(blocks, start)
         if not self.is_rereadable or self._n_read == 0:
@@ -295,9 +298,9 @@ class _Stream:
                 yield block
 
 
-def blocks_per_buffer(d_in: int) -> int:
-    """How many blocks are shuffled together: as many as hold at most 2^26 numbers."""
-    return max(1, _BUFFER_ELEMENTS // (d_in * BLOCK_ROWS))
+def rows_per_buffer(d_in: int) -> int:
+    """About how many rows are shuffled together: as many as hold 2^26 numbers."""
+    return max(BLOCK_ROWS, _BUFFER_ELEMENTS // d_in)
 
 
 def _gather(

@@ -3,6 +3,7 @@
 Files are memory-mapped: opening them reads their headers, and a block is read when it is asked for.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -171,7 +172,7 @@ def check_finite(rows: Float[torch.Tensor, "rows d_in"], name: str, start: int) 
         ValueError: a number is not finite; naming the shard and the row.
     """
     # a sum costs a fifth of looking at each number, and shows all but the place
-    if not rows.sum(dtype=torch.float32).isfinite():
+    if not math.isfinite(rows.sum(dtype=torch.float32).item()):
         broken = (~rows.isfinite().all(1)).nonzero()
         if len(broken):
             raise ValueError(f"{name}, row {start + broken[0].item()}: not finite.")

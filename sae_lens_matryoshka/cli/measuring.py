@@ -12,7 +12,8 @@ from datasets.exceptions import DatasetsError
 from sae_lens import SAE, ActivationsStore
 from sae_lens.load_model import load_model
 
-from sae_lens_matryoshka.activations.batches import blocks_per_buffer
+from sae_lens_matryoshka.activations.batches import rows_per_buffer
+from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 from sae_lens_matryoshka.activations.shards import open_activations
 from sae_lens_matryoshka.hub.formats import read_pickle
 from sae_lens_matryoshka.levels.slicing import widths_of
@@ -123,5 +124,5 @@ def _read_activations(path: Path, sae: SAE[Any]) -> Iterator[torch.Tensor]:
             raise ValueError(f"{path} holds {len(source)} tensors: give one of activations.")
     activations = open_activations(source, sae.cfg.metadata.hook_name)
     # as many batches as a standard error of L0 needs, or more where they would not fit in memory
-    n_blocks = min(len(activations.block_rows) // _N_BATCHES, blocks_per_buffer(activations.d_in))
-    return activations.chunks(max(1, n_blocks))
+    n_rows = min(activations.n_rows // _N_BATCHES, rows_per_buffer(activations.d_in))
+    return activations.chunks(max(1, n_rows // BLOCK_ROWS))

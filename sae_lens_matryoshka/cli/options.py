@@ -96,8 +96,8 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         "--activations",
         type=Path,
         metavar="PATH",
-        help="a .npy, .pt or .safetensors file of activations (…, d_in), or a folder that SAELens' "
-        "CacheActivationsRunner wrote",
+        help="a .npy, .pt or .safetensors file of activations (…, d_in), or a folder of shards: "
+        "docs/activations.md",
     )
     add("--dataset", help="a dataset of texts or tokens, to run through the SAE's model")
     add("--model", help="the model's name, if the SAE's config has none")

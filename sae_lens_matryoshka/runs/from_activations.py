@@ -5,8 +5,8 @@ from copy import copy
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.util import str_to_dtype
 
 from sae_lens_matryoshka.activations.batches import ActivationBatches
 from sae_lens_matryoshka.activations.index import METADATA_FIELDS
@@ -31,7 +31,7 @@ def batches_for(
         cfg.train_batch_size_tokens // world_size,
         seed=cfg.seed,
         device=cfg.act_store_device or cfg.device,
-        dtype=DTYPE_MAP[cfg.dtype],
+        dtype=str_to_dtype(cfg.dtype),
         rank=rank,
         world_size=world_size,
     )

@@ -17,7 +17,7 @@ from sae_lens_matryoshka.activations import batches as module
 from sae_lens_matryoshka.activations.batches import (
     ActivationBatches,
     ActivationsEnded,
-    blocks_per_buffer,
+    rows_per_buffer,
 )
 from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 
@@ -168,9 +168,9 @@ def test_joined_batch_is_split_in_order(world_size: int) -> None:
 
 def test_shuffle_mixes_all_shards_and_separates_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of docs/activations.md, on a file 20 times the buffer, d_in = 768 there."""
-    monkeypatch.setattr(module, "_BUFFER_ELEMENTS", 341 * BLOCK_ROWS)
-    n_rows = 20 * 341 * BLOCK_ROWS
-    assert blocks_per_buffer(1) == 341
+    n_buffer = 2**26 // 768
+    monkeypatch.setattr(module, "_BUFFER_ELEMENTS", n_buffer)
+    n_rows = 20 * n_buffer // BLOCK_ROWS * BLOCK_ROWS
     batch_size = 4096
     x = torch.arange(n_rows, dtype=torch.float64)[:, None]
     source = ActivationBatches(x, batch_size, dtype=torch.float64)
@@ -189,23 +189,30 @@ def test_shuffle_mixes_all_shards_and_separates_neighbours(monkeypatch: pytest.M
     step = (place[1:] - place[:-1]).abs()
     inside = torch.arange(n_rows - 1) % BLOCK_ROWS != BLOCK_ROWS - 1
     # rows of one block stay in one buffer, a third of its length apart on average
-    assert step[inside].double().mean() == pytest.approx(341 * BLOCK_ROWS / 3, rel=0.02)
+    assert step[inside].double().mean() == pytest.approx(n_buffer / 3, rel=0.02)
     # the last row of a block and the first of the next one: a third of the epoch apart
     assert step[~inside].double().mean() == pytest.approx(n_rows / 3, rel=0.05)
     assert (step == 1).double().mean() < 1e-4, "neighbours on disk are no neighbours in an epoch"
 
 
-def test_memory_is_bounded() -> None:
-    assert blocks_per_buffer(10**9) == 1
-    for d_in in (1, 768, 4096):
-        n = blocks_per_buffer(d_in) * BLOCK_ROWS * d_in
-        assert n <= 3 * BLOCK_ROWS * D_IN or blocks_per_buffer(d_in) == 1
-    batches = ActivationBatches(numbered(40 * BLOCK_ROWS), 64)
-    pointers = set()
-    rows = batches._order.rows(0)
-    for _ in range(10):
-        pointers.add(next(rows).data_ptr())
-    assert len(pointers) == 2
+def test_small_shards_are_shuffled_as_far_as_large_ones() -> None:
+    order = drawn(list(numbered().split(2)), 64, N_ROWS // 64).flatten()
+    assert (order[:64] - order[:64].float().mean()).abs().max() > N_ROWS / 3
+    buffer = order[: rows_per_buffer(D_IN)]
+    assert len((buffer // 2).unique()) <= len(buffer) / 2 + 1, "whole blocks of two rows"
+    assert ((buffer[1:] - buffer[:-1]).abs() == 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_memory_is_bounded(name: str) -> None:
+    batches = ActivationBatches(SOURCES[name](), 64)
+    pointers, rows = set(), batches._order.rows(0)
+    for _ in range(20):
+        part = next(rows)
+        assert len(part) < rows_per_buffer(D_IN) + BLOCK_ROWS
+        pointers.add(part.data_ptr())
+    assert len(pointers) <= 4, "two buffers, each grown once"
+    assert rows_per_buffer(10**9) == BLOCK_ROWS
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,18 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.runs.config import load_run_config
+from sae_lens_matryoshka.activations.index import METADATA_FIELDS
+from sae_lens_matryoshka.runs.config import load_run_config, read_config
 from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, synthsaebench_config
 from sae_lens_matryoshka.synthetic.variants import plan_variants
 from sae_lens_matryoshka.training.widths import paper_widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYNTHETIC = "synthsaebench-best"  # in the shape of SAELens' SyntheticSAERunnerConfig
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != SYNTHETIC)
+FROM_ACTIVATIONS = "from-activations"  # of a width that the activations tell
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in (SYNTHETIC, FROM_ACTIVATIONS)
+)
 # model, hook, d_in, widths, k, tokens, batch, learning rate
 DOCUMENTED = {
     "demo": (
@@ -86,6 +90,14 @@ def test_learning_rate_warms_up_and_decays_to_0_over_the_last_fifth(name: str):
     assert (decay["start_factor"], decay["end_factor"]) == (1, 0)
     assert decay["total_iters"] == cfg.lr_decay_steps
     assert schedule["_last_lr"] == [pytest.approx(cfg.lr / cfg.lr_warm_up_steps)]
+
+
+def test_config_for_activations_names_no_model_and_decays_over_the_last_fifth() -> None:
+    path = CONFIGS / f"{FROM_ACTIVATIONS}.yaml"
+    assert read_config(path).keys().isdisjoint({*METADATA_FIELDS, "sae.d_in"})
+    cfg = load_run_config(path, {"sae": {"d_in": 768}})
+    assert cfg.lr_decay_steps == cfg.total_training_steps // 5
+    assert cfg.sae.matryoshka_widths == paper_widths(cfg.sae.d_sae)
 
 
 @pytest.mark.parametrize("name", NAMES)
