@@ -84,7 +84,8 @@ class Processes:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ValueError(
                 f"The processes of this run could not meet at {address}: "
-                f"{str(error).splitlines()[0]}. Is the port in use, or has one of them not started?"
+                f"{str(error).splitlines()[0]} Start all of them at once, on a free port: torchrun "
+                "--standalone finds one."
             ) from error
         return cls(store, timeout)
 

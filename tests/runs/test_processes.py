@@ -1,18 +1,23 @@
 """Several processes train the SAE that one process would, and end together whatever happens."""
 
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 
 from sae_lens_matryoshka.runs.processes import Processes
+from sae_lens_matryoshka.runs.text_share import take_share
 from tests.runs import faulty_worker
 from tests.runs.variants import VARIANTS
 from tests.tiny import D_MODEL
@@ -187,3 +192,51 @@ def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
 def test_bad_timeout(timeout: Any) -> None:
     with pytest.raises(ValueError, match=r"process_timeout=.* give a positive number of seconds"):
         Processes.start("cpu", timeout)
+
+
+@pytest.mark.parametrize(
+    ("is_in_use", "message"),
+    [(True, "address already in use"), (False, "1/2 clients joined")],
+    ids=["port in use", "a process has not started"],
+)
+def test_processes_that_do_not_meet(
+    monkeypatch: pytest.MonkeyPatch, is_in_use: bool, message: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        if is_in_use:
+            taken.listen()
+        else:
+            taken.close()
+        for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}: .*{message}.*torchrun"):
+            Processes.start("cpu", 1)
+
+
+def dataset_of_texts(kind: str) -> Dataset | IterableDataset:
+    dataset = Dataset.from_dict({"text": [f"text {i}" for i in range(12)]})
+    n_files = {"stream": 1, "stream of files": 3}.get(kind)
+    return dataset if n_files is None else dataset.to_iterable_dataset(num_shards=n_files)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream", "stream of files"])
+def test_no_text_is_read_twice_or_left_out(kind: str) -> None:
+    shares = []
+    for rank in range(3):
+        store: Any = SimpleNamespace(dataset=dataset_of_texts(kind))
+        processes: Any = SimpleNamespace(n=3, rank=rank)
+        take_share(store, processes, batch_size=96)
+        shares.append([row["text"] for row in store.dataset])
+        assert store.train_batch_size_tokens == 32
+    assert [len(share) for share in shares] == [4, 4, 4]
+    assert sorted(itertools.chain(*shares)) == sorted(row["text"] for row in dataset_of_texts(kind))
+
+
+def test_fewer_texts_than_processes() -> None:
+    store: Any = SimpleNamespace(dataset=dataset_of_texts("rows"))
+    processes: Any = SimpleNamespace(n=13, rank=0)
+    with pytest.raises(ValueError, match="12 texts for 13 processes"):
+        take_share(store, processes, batch_size=26)
