@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
+from sae_lens_matryoshka.kernels import cut_triton, layout_triton, selection_triton, sums_triton
 from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.devices import DEVICE
 
@@ -24,13 +24,13 @@ CASES = [(None, True), (0.6, True), (50.0, True), (0.6, False)]  # last cut, are
 @pytest.fixture(autouse=True)
 def _several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, constants in {
-        selection_triton: {"_SCORES": 16, "_CANDIDATES": 16},
+        cut_triton: {"_SCORES": 16, "_CANDIDATES": 16},
         layout_triton: {"_CODES": 8, "_CODES_OF_ROW": 4, "_RIVALS": 2, "_ROWS_PER_BIN": 5},
         sums_triton: {"_WIDTH": 16, "_CODES": 2, "_CHUNK": 4, "_LATENTS": 3, "_ROWS": 5},
     }.items():
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(selection_triton, "_n_programs", lambda device: 7)
+    monkeypatch.setattr(cut_triton, "n_programs", lambda device: 7)
 
 
 def results(last_cut: float | None, is_sorted: bool) -> dict[str, torch.Tensor]:
@@ -174,7 +174,7 @@ def test_how_often_a_step_launches_each_kernel(monkeypatch: pytest.MonkeyPatch) 
     assert counts[3] - counts[0] == Counter({"_sort_rows": 1})
     assert counts[0] == {
         "_collect": 1,
-        "_judge_floor": 1,
+        "_judge_limit": 1,
         "_histogram": 6,
         "_find_digit": 6,
         "_order": 1,
