@@ -18,6 +18,7 @@ import triton.language as tl
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.cut import skip_limits
 from sae_lens_matryoshka.kernels.cut_triton import (
+    Candidates,
     candidates_above,
     keep_largest,
     keys_from,
@@ -38,7 +39,7 @@ from sae_lens_matryoshka.kernels.screen import (
 _WIDTH = 256  # elements of a row that a program handles at once; divides the d_in of most models
 _ROWS = 8  # that a program rounds at once
 _DOTS = 8  # that a program computes at once
-_GUESSES = 512  # that a program makes at once
+_BOUNDS = 512  # that a program computes at once
 _ALIGNMENT = 8  # elements: rows of 16 bytes or a multiple, which tensor cores need
 
 _MIN_CAPABILITY = (8, 0)  # the first with bfloat16
@@ -71,9 +72,54 @@ def select_screened(
 
     The host waits once, to learn whether the set is settled.
     """
-    (batch_size, d_in), d_sae = x.shape, len(b_enc)
     x, encoder_rows = x.contiguous(), W_enc.T.contiguous()
     limits, bound = skip_limits(floor, b_enc, norms)
+    passing, largest, is_bounded = _screen(x, encoder_rows, b_enc, norms, limits, n_keep)
+    exact = passing._replace(
+        keys=torch.zeros_like(passing.keys), values=torch.empty_like(passing.values)
+    )
+    # the likeliest first; the smallest of them bounds what could still reach the cut
+    for keys, ranked in ((passing.keys, passing), (largest, exact)):
+        _score[_grid(keys, _DOTS)](
+            keys,
+            nth_largest(ranked, n_keep),
+            passing.flat_index,
+            x,
+            encoder_rows,
+            b_enc,
+            b_enc if norms is None else norms,
+            passing.n_found,
+            passing.n_unfit_blocks,
+            exact.keys,
+            exact.values,
+            x.shape[1],
+            len(b_enc),
+            norms is not None,
+            _WIDTH,
+            _DOTS,
+        )
+    codes = keep_largest(exact, n_keep, len(x), len(b_enc), torch.float32)
+    # no score that is not a candidate exceeds the bound
+    is_settled = (codes.cut > bound) | (bound <= 0)
+    is_settled &= is_bounded & (bound < LARGEST) & (passing.n_unfit_blocks[0] == 0)
+    return codes if is_settled.item() else None
+
+
+def _screen(
+    x: torch.Tensor,  # (B, d_in)
+    encoder_rows: torch.Tensor,  # (d_sae, d_in)
+    b_enc: torch.Tensor,  # (d_sae,)
+    norms: torch.Tensor | None,  # (d_sae,)
+    limits: torch.Tensor,  # (d_sae,)
+    n_keep: int,
+) -> tuple[Candidates, torch.Tensor, torch.Tensor]:
+    """What could reach its limit.
+
+    Returns:
+        Candidates, with likely scores; (capacity,) int32, the keys of the largest scores they can
+        have; () whether no sum could overflow.
+    """
+    d_in = x.shape[1]
     by_row, row_norms, row_errors = _round(x)
     by_latent, latent_norms, latent_errors = _round(encoder_rows)
     added = slice(d_in, d_in + N_ADDED)
@@ -81,55 +127,35 @@ def select_screened(
     by_latent[:, added] = columns_of_latents(latent_norms, latent_errors, limits)
     with _sums_in_float32():
         product = by_row @ by_latent.T
+    is_bounded = row_norms.max().clamp(min=1) * latent_norms.max() < LARGEST
 
-    no_limit = torch.zeros(1, dtype=torch.int32, device=x.device)  # a score passes above 0
-    passing = candidates_above(
-        no_limit, matrix_of(product), n_keep, torch.float32, or_else_largest=False
+    zero = torch.zeros(1, dtype=torch.int32, device=x.device)  # what passes is above it
+    passing = candidates_above(zero, matrix_of(product), n_keep, torch.float32, False)
+    largest = torch.zeros_like(passing.keys)
+    _bound[_grid(largest, _BOUNDS)](
+        passing.flat_index,
+        passing.values,
+        by_row,
+        by_latent,
+        b_enc,
+        b_enc if norms is None else norms,
+        passing.n_found,
+        passing.n_unfit_blocks,
+        passing.keys,
+        largest,
+        d_in,
+        by_row.shape[1],
+        len(b_enc),
+        sum_error(d_in),
+        TINY,
+        norms is not None,
+        _BOUNDS,
     )
-    capacity = len(passing.keys)
-    known = {
-        "flat_index_ptr": passing.flat_index,
-        "values_ptr": passing.values,
-        "by_row_ptr": by_row,
-        "by_latent_ptr": by_latent,
-        "b_enc_ptr": b_enc,
-        "norms_ptr": b_enc if norms is None else norms,
-        "n_found_ptr": passing.n_found,
-        "n_unfit_blocks_ptr": passing.n_unfit_blocks,
-        "d_in": d_in,
-        "width": by_row.shape[1],
-        "n_latents": d_sae,
-        "SUM_ERROR": sum_error(d_in),
-        "TINY": TINY,
-        "HAS_NORMS": norms is not None,
-    }
-    n = n_programs(x.device)
-    likely = passing._replace(keys=torch.zeros_like(passing.keys))
-    _guess[(min(triton.cdiv(capacity, _GUESSES), n),)](
-        **known, likely_ptr=likely.keys, GUESSES=_GUESSES
-    )
-    exact = passing._replace(
-        keys=torch.zeros_like(passing.keys), values=torch.empty_like(passing.values)
-    )
-    # the likeliest first; the smallest of them bounds what could still reach the cut
-    for ranked, is_guessed in ((likely, True), (exact, False)):
-        _score[(min(triton.cdiv(capacity, _DOTS), n),)](
-            **known,
-            x_ptr=x,
-            encoder_rows_ptr=encoder_rows,
-            cut_ptr=nth_largest(ranked, n_keep),
-            keys_ptr=exact.keys,
-            pre_acts_ptr=exact.values,
-            IS_GUESSED=is_guessed,
-            WIDTH=_WIDTH,
-            DOTS=_DOTS,
-        )
-    codes = keep_largest(exact, n_keep, batch_size, d_sae, torch.float32)
-    # no score that is not a candidate exceeds the bound
-    is_settled = (codes.cut > bound) | (bound <= 0)
-    is_settled &= (passing.n_unfit_blocks[0] == 0) & (bound < LARGEST)
-    is_settled &= row_norms.max().clamp(min=1) * latent_norms.max() < LARGEST
-    return codes if is_settled.item() else None
+    return passing, largest, is_bounded
+
+
+def _grid(keys: torch.Tensor, n_at_once: int) -> tuple[int]:
+    return (min(triton.cdiv(len(keys), n_at_once), n_programs(keys.device)),)
 
 
 @contextmanager
@@ -185,49 +211,7 @@ def _round_rows(
 
 
 @triton.jit
-def _keys_of_screen(
-    places,
-    mask,
-    flat_index_ptr,  # (capacity,) count, row * d_sae + latent
-    values_ptr,  # (capacity,) float32, of the screen
-    by_row_ptr,  # (B, width) bfloat16
-    by_latent_ptr,  # (d_sae, width) bfloat16
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    d_in,
-    width,
-    n_latents,
-    SUM_ERROR: tl.constexpr,
-    TINY: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-):
-    """Of candidates: keys of a likely score and of the largest; row, latent, bias and norm."""
-    flat_index = tl.load(flat_index_ptr + places, mask=mask, other=0)
-    row = (flat_index // n_latents).to(tl.int64)
-    latent = (flat_index % n_latents).to(tl.int64)
-    biases = tl.load(b_enc_ptr + latent, mask=mask, other=0.0)
-    norms = tl.load(norms_ptr + latent, mask=mask, other=0.0)
-
-    of_row, of_latent = by_row_ptr + row * width + d_in, by_latent_ptr + latent * width + d_in
-    margins = tl.zeros_like(biases)
-    for column in range(2):
-        factor = tl.load(of_row + column, mask=mask, other=0.0).to(tl.float32)
-        margins += factor * tl.load(of_latent + column, mask=mask, other=0.0).to(tl.float32)
-    limits = -tl.load(of_latent + 2, mask=mask, other=0.0).to(tl.float32)
-    values = tl.load(values_ptr + places, mask=mask, other=0.0)
-    # a value errs by its rounding to bfloat16 and by the part of the limit in its sum
-    errors = values * 0.0078125 + 2 * SUM_ERROR * tl.abs(limits) + TINY
-    likely, _ = keys_from(
-        values + limits - margins, biases, norms, True, HAS_NORMS, tl.float32, tl.float32
-    )
-    largest, _ = keys_from(
-        values + limits + errors, biases, norms, True, HAS_NORMS, tl.float32, tl.float32
-    )
-    return likely, largest, row, latent, biases, norms
-
-
-@triton.jit
-def _guess(
+def _bound(
     flat_index_ptr,  # (capacity,) count, row * d_sae + latent
     values_ptr,  # (capacity,) float32, of the screen
     by_row_ptr,  # (B, width) bfloat16
@@ -236,90 +220,76 @@ def _guess(
     norms_ptr,  # (d_sae,)
     n_found_ptr,  # (1,) count
     n_unfit_blocks_ptr,  # (1,) int32, above 0 if there are no candidates
-    likely_ptr,  # (capacity,) int32 keys, written
+    likely_ptr,  # (capacity,) int32, written
+    largest_ptr,  # (capacity,) int32, written
     d_in,
     width,
     n_latents,
     SUM_ERROR: tl.constexpr,
     TINY: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-    GUESSES: tl.constexpr,
+    BOUNDS: tl.constexpr,
 ):
-    """The key of each candidate's likely score."""
+    """Keys of a likely score of each candidate, and of the largest that it can have."""
     if tl.load(n_unfit_blocks_ptr) > 0:
         return
     n = tl.load(n_found_ptr).to(tl.int32)
-    for start in range(tl.program_id(0) * GUESSES, n, tl.num_programs(0) * GUESSES):
-        places = start + tl.arange(0, GUESSES)
-        likely, _, _, _, _, _ = _keys_of_screen(
-            places,
-            places < n,
-            flat_index_ptr,
-            values_ptr,
-            by_row_ptr,
-            by_latent_ptr,
-            b_enc_ptr,
-            norms_ptr,
-            d_in,
-            width,
-            n_latents,
-            SUM_ERROR,
-            TINY,
-            HAS_NORMS,
+    for start in range(tl.program_id(0) * BOUNDS, n, tl.num_programs(0) * BOUNDS):
+        places = start + tl.arange(0, BOUNDS)
+        mask = places < n
+        flat_index = tl.load(flat_index_ptr + places, mask=mask, other=0)
+        row, latent = (flat_index // n_latents).to(tl.int64), (flat_index % n_latents).to(tl.int64)
+        biases = tl.load(b_enc_ptr + latent, mask=mask, other=0.0)
+        norms = tl.load(norms_ptr + latent, mask=mask, other=0.0)
+        of_row, of_latent = by_row_ptr + row * width + d_in, by_latent_ptr + latent * width + d_in
+        margins = tl.zeros_like(biases)
+        for column in range(2):
+            factors = tl.load(of_row + column, mask=mask, other=0.0).to(tl.float32)
+            margins += factors * tl.load(of_latent + column, mask=mask, other=0.0).to(tl.float32)
+        limits = -tl.load(of_latent + 2, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(values_ptr + places, mask=mask, other=0.0)
+        likely, _ = keys_from(
+            values + limits - margins, biases, norms, True, HAS_NORMS, tl.float32, tl.float32
         )
-        tl.store(likely_ptr + places, likely, mask=places < n)
+        # as in `screen._screen`: 2⁻⁷ for the value's rounding
+        largest = values * 1.0078125 + limits + 2 * SUM_ERROR * tl.abs(limits) + TINY
+        largest, _ = keys_from(largest, biases, norms, True, HAS_NORMS, tl.float32, tl.float32)
+        tl.store(likely_ptr + places, likely, mask=mask)
+        tl.store(largest_ptr + places, largest, mask=mask)
 
 
 @triton.jit
 def _score(
+    reached_ptr,  # (capacity,) int32 keys
+    cut_ptr,  # (1,) int32 key
     flat_index_ptr,  # (capacity,) count, row * d_sae + latent
-    values_ptr,  # (capacity,) float32, of the screen
-    by_row_ptr,  # (B, width) bfloat16
-    by_latent_ptr,  # (d_sae, width) bfloat16
+    x_ptr,  # (B, d_in)
+    encoder_rows_ptr,  # (d_sae, d_in)
     b_enc_ptr,  # (d_sae,)
     norms_ptr,  # (d_sae,)
     n_found_ptr,  # (1,) count
     n_unfit_blocks_ptr,  # (1,) int32, above 0 if there are no candidates
-    x_ptr,  # (B, d_in)
-    encoder_rows_ptr,  # (d_sae, d_in)
-    cut_ptr,  # (1,) int32 key, of a likely score or of a lower bound of the cut
-    keys_ptr,  # (capacity,) int32, 0 where not computed; written
+    keys_ptr,  # (capacity,) int32 of the scores, 0 if not computed; written
     pre_acts_ptr,  # (capacity,) float32, written
     d_in,
-    width,
     n_latents,
-    SUM_ERROR: tl.constexpr,
-    TINY: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-    IS_GUESSED: tl.constexpr,
     WIDTH: tl.constexpr,
     DOTS: tl.constexpr,
 ):
-    """The scores, from float32 products, of candidates that likely or possibly reach the cut."""
+    """The scores of the candidates that reach the cut, from float32 products."""
     if tl.load(n_unfit_blocks_ptr) > 0:
         return
     n, cut = tl.load(n_found_ptr).to(tl.int32), tl.load(cut_ptr)
     for start in range(tl.program_id(0) * DOTS, n, tl.num_programs(0) * DOTS):
         places = start + tl.arange(0, DOTS)
-        likely, largest, row, latent, biases, norms = _keys_of_screen(
-            places,
-            places < n,
-            flat_index_ptr,
-            values_ptr,
-            by_row_ptr,
-            by_latent_ptr,
-            b_enc_ptr,
-            norms_ptr,
-            d_in,
-            width,
-            n_latents,
-            SUM_ERROR,
-            TINY,
-            HAS_NORMS,
-        )
-        reached = likely if IS_GUESSED else largest
-        mask = (places < n) & (reached >= cut) & (reached > 0)
-        mask &= tl.load(keys_ptr + places, mask=mask, other=1) == 0
+        reached = tl.load(reached_ptr + places, mask=places < n, other=0)
+        mask = (reached > 0) & (reached >= cut)
+        mask &= tl.load(keys_ptr + places, mask=mask, other=0) == 0
+        flat_index = tl.load(flat_index_ptr + places, mask=mask, other=0)
+        row, latent = (flat_index // n_latents).to(tl.int64), (flat_index % n_latents).to(tl.int64)
+        biases = tl.load(b_enc_ptr + latent, mask=mask, other=0.0)
+        norms = tl.load(norms_ptr + latent, mask=mask, other=0.0)
         products = tl.zeros((DOTS, WIDTH), tl.float32)
         for first in range(0, d_in, WIDTH):
             columns = (first + tl.arange(0, WIDTH))[None, :]
@@ -327,7 +297,8 @@ def _score(
             x = tl.load(x_ptr + row[:, None] * d_in + columns, mask=both, other=0.0)
             of_latent = encoder_rows_ptr + latent[:, None] * d_in
             products += x * tl.load(of_latent + columns, mask=both, other=0.0)
-        products = tl.sum(products, 1)
-        keys, pre_acts = keys_from(products, biases, norms, True, HAS_NORMS, tl.float32, tl.float32)
+        keys, pre_acts = keys_from(
+            tl.sum(products, 1), biases, norms, True, HAS_NORMS, tl.float32, tl.float32
+        )
         tl.store(keys_ptr + places, keys, mask=mask)
         tl.store(pre_acts_ptr + places, pre_acts, mask=mask)

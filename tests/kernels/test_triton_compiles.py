@@ -25,7 +25,7 @@ KERNELS = {
     "_sum_by_latent",
     "_sum_chunk",
 }
-SCREEN = {"_guess", "_round_rows", "_score"}
+SCREEN = {"_bound", "_round_rows", "_score"}
 
 
 # what these read most of: rows of matrices
