@@ -123,8 +123,9 @@ def candidates_above(
 ) -> Candidates:
     """The scores whose keys are above `limit`, (1,) int32, if they are no more than 16 * n_keep.
 
-    If they are more, or fewer than `n_keep` and the limit is not 0, the `n_keep` largest scores
-    instead if `or_else_largest`, and none if not. `limit` is then overwritten.
+    If they are more, or fewer than `n_keep` and the limit is not 0, the limit was wrong. With
+    `or_else_largest` the candidates are then the `n_keep` largest scores, and `limit` is set to the
+    smallest of them; without, there are none.
     """
     device, n_blocks, count_dtype = limit.device, matrix["n_blocks"], _count_dtype(matrix)
     capacity = min(_CAPACITY * n_keep, matrix["product_ptr"].numel())
@@ -363,14 +364,14 @@ def _collect(
 def _judge_limit(
     n_found_ptr,  # (1,) count
     limit_ptr,  # (1,) int32 key
-    n_unfit_blocks_ptr,  # (1,) int32, written: to read again, 0 if the floor was right
+    n_unfit_blocks_ptr,  # (1,) int32, written: to read again, 0 if the limit was right
     n_list_blocks_ptr,  # (1,) int32, written: that the candidates fill
     n_keep,
     capacity,
     n_blocks,
     CANDIDATES: tl.constexpr,
 ):
-    """A right floor has at least `n_keep` scores above it, and no more than fit the buffer."""
+    """A right limit has at least `n_keep` scores above it, and no more than fit the buffer."""
     n = tl.load(n_found_ptr)
     wrong = (n > capacity) | ((n < n_keep) & (tl.load(limit_ptr) > 0))
     tl.store(n_unfit_blocks_ptr, tl.where(wrong, n_blocks, 0))

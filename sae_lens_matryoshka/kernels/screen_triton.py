@@ -38,7 +38,7 @@ from sae_lens_matryoshka.kernels.screen import (
 
 _WIDTH = 256  # elements of a row that a program handles at once; divides the d_in of most models
 _ROWS = 8  # that a program rounds at once
-_DOTS = 8  # that a program computes at once
+_DOTS = 8  # products that a program computes at once
 _BOUNDS = 512  # that a program computes at once
 _ALIGNMENT = 8  # elements: rows of 16 bytes or a multiple, which tensor cores need
 
@@ -130,7 +130,9 @@ def _screen(
     is_bounded = row_norms.max().clamp(min=1) * latent_norms.max() < LARGEST
 
     zero = torch.zeros(1, dtype=torch.int32, device=x.device)  # what passes is above it
-    passing = candidates_above(zero, matrix_of(product), n_keep, torch.float32, False)
+    passing = candidates_above(
+        zero, matrix_of(product), n_keep, torch.float32, or_else_largest=False
+    )
     largest = torch.zeros_like(passing.keys)
     _bound[_grid(largest, _BOUNDS)](
         passing.flat_index,

@@ -348,7 +348,7 @@ def test_a_step_asks_the_device_whether_the_loss_is_finite_and_nothing_else(
         assert asked.counts == {"_local_scalar_dense": 1, **({"nonzero": 1} if with_dead else {})}
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, `nsys` tells what waits")
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, PyTorch itself tells what waits")
 @pytest.mark.usefixtures("_kernels_unseen")
 def test_a_screened_step_also_asks_whether_its_codes_are_settled() -> None:
     torch.manual_seed(0)
