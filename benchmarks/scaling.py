@@ -57,6 +57,8 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_arguments(Options, dest="options")
     options: Options = parser.parse_args().options
+    if options.batch_size % options.processes:
+        parser.error(f"--batch_size {options.batch_size} is no multiple of --processes")
     if "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node", str(options.processes), *sys.argv]

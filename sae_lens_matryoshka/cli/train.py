@@ -134,7 +134,7 @@ def _train(
     from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 
     torch.manual_seed(cfg.seed)  # SAELens does not use cfg.seed
-    is_first = True
+    runner, is_first = None, True
     try:
         runner = MatryoshkaTrainingRunner(cfg, **options)
         is_first = runner.processes is None or runner.processes.rank == 0
@@ -151,8 +151,10 @@ def _train(
     except ProcessFailed as failed:  # which prints a traceback of its own
         print(f"error: {failed}", file=sys.stderr)
         return 1
-    except Exception:  # one line would not explain what went wrong in a training
-        traceback.print_exc()
+    except Exception as error:
+        if runner is None and isinstance(error, ValueError):
+            raise  # the config asks for what can't be done
+        traceback.print_exc()  # one line would not explain what went wrong in a training
         return 1
     if cfg.output_path is not None and is_first:
         print(f"The trained SAE is in {cfg.output_path}.")

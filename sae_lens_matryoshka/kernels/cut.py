@@ -7,26 +7,27 @@ from sae_lens_matryoshka.kernels.codes import Codes
 # The floor, as a fraction of the last step's cut: the cut moves by a few per cent from batch to
 # batch, and a candidate too many costs far less than a full ranking.
 FLOOR_FRACTION = 0.8
+SCREEN_FRACTIONS = (0.85, 0.7)  # tried one after the other: a screen costs a fraction of a ranking
 
 
 def skip_limits(
     floor: float | torch.Tensor, b_enc: torch.Tensor, norms: torch.Tensor | None
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Limits below which a product x @ W_enc can be skipped.
 
     Norms are not negative and rounding is monotonic, so no skipped product has a larger score than
     its latent's limit would have.
 
     Returns:
-        (d_sae,) limits, at about the score `floor`; the largest score at a limit, NaN if one is.
+        (d_sae,) limits, at about the score `floor`; () the largest score at a limit, NaN if one is.
     """
     if norms is None:
         limits = floor - b_enc
-        return limits, (limits + b_enc).max().item()
+        return limits, (limits + b_enc).max()
     has_no_decoder = norms == 0  # and scores 0; neither 0 / 0 nor inf · 0
     limits = torch.where(has_no_decoder, torch.inf, floor / norms - b_enc)
     at_limits = torch.where(has_no_decoder, 0.0, (limits + b_enc) * norms)
-    return limits, at_limits.max().item()
+    return limits, at_limits.max()
 
 
 def settle(

@@ -25,7 +25,7 @@ _FEW = 64
 
 
 def select_joined(
-    select: Callable[[int], Codes], n_keep: int, most: int, group: dist.ProcessGroup
+    select: Callable[[int], Codes], n_keep: int, n_scores: int, group: dist.ProcessGroup
 ) -> Codes:
     """This process's part of the `n_keep` largest scores of the joined batch, without padding.
 
@@ -34,28 +34,27 @@ def select_joined(
     Args:
         select: Selects the given number of codes from this process's rows.
         n_keep: Number of scores to keep over all processes.
-        most: Number of scores of this process.
+        n_scores: Number of scores of this process, the most that `select` can find.
         group: The processes; each of them calls this.
 
     Returns:
         The codes; their `cut` is that of this process's own selection.
     """
-    n_selected = min(most, int(_EXTRA * n_keep / dist.get_world_size(group)) + _FEW)
+    n_selected = min(n_scores, int(_EXTRA * n_keep / dist.get_world_size(group)) + _FEW)
     while True:
         codes = select(n_selected)
         keys = _ordered_integers(codes.scores)
         cut, n_at_cut = _nth_largest(keys, 8 * codes.scores.dtype.itemsize - 1, n_keep, group)
         is_tied = keys == cut
-        # a process that found all it asked for may have more, from its smallest score down
-        is_short = ((keys >= cut).sum() == n_selected) & (n_selected < most)
+        # if all that were selected reach the cut, scores that were not selected may reach it too
+        is_short = ((keys >= cut).sum() == n_selected) & (n_selected < n_scores)
         by_rank = gathered(torch.stack([is_tied.sum(), is_short.long()]), group)
         if by_rank[:, 1].any():
-            n_selected = min(most, 2 * n_selected)
+            n_selected = min(n_scores, 2 * n_selected)
             continue
         n_before = by_rank[: dist.get_rank(group), 0].sum()
         is_kept = (keys > cut) | (is_tied & (n_before + is_tied.cumsum(0) <= n_at_cut))
-        rows, latents, scores, pre_acts = (tensor[is_kept] for tensor in codes[:4])
-        return Codes(rows, latents, scores, pre_acts, codes.cut)
+        return codes.permuted(is_kept.nonzero().flatten())._replace(n_valid=None)
 
 
 class JoinedBatchTopK(torch.nn.Module):

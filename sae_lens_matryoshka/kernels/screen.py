@@ -7,15 +7,19 @@ value, summed in any order,
     |⟨x̃, w̃⟩ − p̂| ≤ m,    m = ‖x̃ − x‖ ‖w‖ + ‖x̃‖ ‖w̃ − w‖ + e ‖x̃‖ ‖w‖
 
 because ⟨x̃, w̃⟩ − p = ⟨x̃ − x, w⟩ + ⟨x̃, w̃ − w⟩. The differences are exact in float32; their norms
-are about 2.5 times smaller than rounding could make them. e bounds the errors of the float32 sums,
-in p̂ and in the product. Both m and the limit that a pre-activation has to reach are sums of
-products of something of the row and something of the latent, so they become columns of the factors:
+are about 2.5 times smaller than rounding could make them. e bounds the errors of the float32 sums.
+It is twice that of a sum whose every addition truncates: a quarter of it is enough for p̂, which is
+rounded to nearest, and three quarters for a product whose units truncate each summand of, at least,
+4 products and the sum so far, and then their sum (tensor cores do).
+
+Both m and the limit that a pre-activation has to reach are sums of products of something of the row
+and something of the latent, so they become columns of the factors:
 
     [x̃, ‖x̃ − x‖ + e ‖x̃‖, ‖x̃‖, 1] · [w̃, ‖w‖, ‖w̃ − w‖, −limit]  <  0    ⟹    p̂ < limit
 
 and the sign of the product is the screen. The added columns are rounded towards passing, by more
 than the error of summing them. Units for bfloat16 flush subnormal numbers to 0, which `_TINY_NORM`
-and `_TINY` cover. If a sum could overflow or a factor is not finite, the screen returns None.
+and `TINY` cover. If a sum could overflow or a factor is not finite, the screen returns None.
 
 Of the scores that pass, the `n_keep` that seem largest are computed first. The smallest of these is
 a lower bound of the cut, so of the others only those are computed that could reach it.
@@ -24,18 +28,18 @@ a lower bound of the cut, so of the others only those are computed that could re
 import logging
 import time
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.cut import flat_nonzero, nth_largest, settle, skip_limits
 
-_N_ADDED = 3  # columns of the bound and the limit
+N_ADDED = 3  # columns of the bound and the limit
 MAX_D_IN = 2**13  # for larger sums the rounding of the added columns is not enough
-_LARGEST = 2.0**120  # of norms and their products, so that no sum overflows
+LARGEST = 2.0**120  # of norms and their products, so that no sum overflows
 _TINY_NORM = 2.0**-56  # √d_in · 2⁻⁶³ or more: squares below 2⁻¹²⁶ may be lost in a norm
-_TINY = 2.0**-110  # 2 · d_in · 2⁻¹²⁶ or more, for products and sums below it
+TINY = 2.0**-110  # 2 · d_in · 2⁻¹²⁶ or more, for products and sums below it
 _BLOCK_LATENTS = 2048  # in one product
 _CACHED_ELEMENTS = 2**17  # that are rounded at a time
 _MAX_PASSING = 16  # times n_keep; more cost as much as a full ranking
@@ -43,6 +47,37 @@ _MAX_PASSING = 16  # times n_keep; more cost as much as a full ranking
 _MIN_SPEEDUP = 2.0  # of the bfloat16 product, for the screen to pay
 _MEASURED_SHAPE = (512, 512, 2048)  # rows, d_in, latents
 _log = logging.getLogger(__name__)
+
+Selection = Literal["auto", "screen", "product"]
+
+
+def can_screen(x: torch.Tensor, W_enc: torch.Tensor, selection: Selection) -> bool:
+    """Whether the bound holds here, and the user lets it."""
+    if selection == "product" or torch.is_autocast_enabled(x.device.type):
+        return False
+    return x.dtype == W_enc.dtype == torch.float32 and x.shape[1] <= MAX_D_IN
+
+
+def sum_error(d_in: int) -> float:
+    """Relative error of a sum of d_in products and the added ones, each of which is truncated."""
+    return (d_in + N_ADDED) * 2**-23
+
+
+def columns_of_rows(norms: torch.Tensor, errors: torch.Tensor, d_in: int) -> torch.Tensor:
+    """(B, 3) bfloat16, from the norms of the rows and of their rounding errors."""
+    norms = norms * (1 + 2**-7) + _TINY_NORM  # no less than those of the rounded rows
+    errors = errors + _TINY_NORM + 2 * sum_error(d_in) * norms
+    return torch.stack([_up(errors), _up(norms), torch.ones_like(norms).bfloat16()], 1)
+
+
+def columns_of_latents(
+    norms: torch.Tensor, errors: torch.Tensor, limits: torch.Tensor
+) -> torch.Tensor:
+    """(d_sae, 3) bfloat16, from the norms of the encoder rows and of their rounding errors."""
+    limits = limits.clamp(-LARGEST, LARGEST)
+    limits = (limits - limits.abs() * 2**-7 - TINY).bfloat16()
+    norms = norms * (1 + 2**-7) + _TINY_NORM
+    return torch.stack([_up(norms), _up(errors + _TINY_NORM), -limits], 1)
 
 
 def select_screened(
@@ -58,8 +93,9 @@ def select_screened(
     None where these do not settle the set. Pre-activations are summed in another order than in the
     product of matrices, so they differ from it by rounding.
     """
-    limits, bound = skip_limits(floor, b_enc, norms)
-    if not bound < _LARGEST:
+    limits, at_limits = skip_limits(floor, b_enc, norms)
+    bound = at_limits.item()
+    if not bound < LARGEST:
         return None
     passing = _screen(x, W_enc, limits, _MAX_PASSING * n_keep)
     if passing is None or len(passing.rows) < n_keep:
@@ -96,32 +132,24 @@ def _screen(
 ) -> _Passing | None:
     """None if more than `most` products pass, or sums could overflow."""
     (batch_size, d_in), d_sae = x.shape, W_enc.shape[1]
-    limits = limits.clamp(-_LARGEST, _LARGEST)
-    limits = (limits - limits.abs() * 2**-7 - _TINY).bfloat16()
-
-    by_row = x.new_empty(batch_size, d_in + _N_ADDED, dtype=torch.bfloat16)
+    by_row = x.new_empty(batch_size, d_in + N_ADDED, dtype=torch.bfloat16)
     row_norms, row_errors = _round(x, by_row[:, :d_in])
-    sum_error = (d_in + _N_ADDED) * 2**-23  # relative; processors may truncate
-    row_errors += 2 * sum_error * row_norms  # twice: e covers p̂ and this product
-    by_row[:, d_in] = _up(row_errors)
-    by_row[:, d_in + 1] = _up(row_norms)
-    by_row[:, d_in + 2] = 1
+    by_row[:, d_in:] = columns_of_rows(row_norms, row_errors, d_in)
     largest_row = row_norms.max().clamp(min=1)
 
     n_latents = min(_BLOCK_LATENTS, d_sae)
-    by_latent = by_row.new_empty(n_latents, d_in + _N_ADDED)
+    by_latent = by_row.new_empty(n_latents, d_in + N_ADDED)
     products = by_row.new_empty(n_latents, batch_size)
-    bounds = by_row.new_empty(d_sae, 2)
+    added = by_row.new_empty(d_sae, N_ADDED)
     found, values, n_found = [], [], 0
     for start in range(0, d_sae, n_latents):
         block = slice(start, min(start + n_latents, d_sae))
         size = block.stop - start
         norms, errors = _round(W_enc.T[block], by_latent[:size, :d_in])
-        if not norms.max() * largest_row < _LARGEST:
+        if not norms.max() * largest_row < LARGEST:
             return None
-        bounds[block] = _up(torch.stack([norms, errors], 1))
-        by_latent[:size, d_in : d_in + 2] = bounds[block]
-        by_latent[:size, d_in + 2] = -limits[block]
+        added[block] = columns_of_latents(norms, errors, limits[block])
+        by_latent[:size, d_in:] = added[block]
         torch.mm(by_latent[:size], by_row.T, out=products[:size])
         # numpy compares four times as fast as torch
         is_sign_clear = products[:size].view(torch.int16).numpy() >= 0
@@ -135,23 +163,19 @@ def _screen(
     flat_index, value = torch.cat(found), torch.cat(values)
     latents = torch.div(flat_index, batch_size, rounding_mode="floor")
     rows = flat_index - latents * batch_size
-    limit = limits.float()[latents]
-    margin = (by_row[:, d_in : d_in + 2].float()[rows] * bounds.float()[latents]).sum(1)
+    bounds, limit = added[:, :2].float()[latents], -added[:, 2].float()[latents]
+    margin = (by_row[:, d_in : d_in + 2].float()[rows] * bounds).sum(1)
     return _Passing(
         rows=rows.int(),
         latents=latents.int(),
         # a value errs by its rounding to bfloat16 and by the part of the limit in its sum
-        largest=value * (1 + 2**-7) + limit + 2 * sum_error * limit.abs() + _TINY,
+        largest=value * (1 + 2**-7) + limit + 2 * sum_error(d_in) * limit.abs() + TINY,
         likely=value + limit - margin,
     )
 
 
 def _round(matrix: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to bfloat16 into `out`.
-
-    Returns:
-        Upper bounds of the rows' norms, before and after rounding; and of the errors' norms.
-    """
+    """Round to bfloat16 into `out`; the norms of the rows and of their rounding errors."""
     norms, errors = matrix.new_empty(2, len(matrix))
     n_rows = max(1, _CACHED_ELEMENTS // matrix.shape[1])
     scratch = matrix.new_empty(n_rows, matrix.shape[1])
@@ -161,7 +185,7 @@ def _round(matrix: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch
         rounded = out[rows].copy_(matrix[rows])
         difference = scratch[: len(rounded)].copy_(rounded).sub_(matrix[rows])
         torch.linalg.vector_norm(difference, dim=1, out=errors[rows])
-    return norms * (1 + 2**-7) + _TINY_NORM, errors + _TINY_NORM
+    return norms, errors
 
 
 def _up(norms: torch.Tensor) -> torch.Tensor:

@@ -7,15 +7,17 @@ kept; where they can't, `select_full` decides. `select_above` computes all pre-a
 SAE's precision; `screen.select_screened` computes them in bfloat16, and few of them again.
 """
 
-from typing import Literal
-
 import torch
 
 from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.kernels.cut import FLOOR_FRACTION, flat_nonzero, settle, skip_limits
-from sae_lens_matryoshka.kernels.screen import MAX_D_IN, pays_off, select_screened
-
-Selection = Literal["auto", "screen", "product"]
+from sae_lens_matryoshka.kernels.cut import (
+    FLOOR_FRACTION,
+    SCREEN_FRACTIONS,
+    flat_nonzero,
+    settle,
+    skip_limits,
+)
+from sae_lens_matryoshka.kernels.screen import Selection, can_screen, pays_off, select_screened
 
 _MIN_SCREENED_WEIGHTS = 2**19  # for fewer, what the screen adds costs what it saves
 
@@ -62,9 +64,7 @@ def select(
 
 
 def _is_screened(x: torch.Tensor, W_enc: torch.Tensor, selection: Selection) -> bool:
-    if not (x.dtype == W_enc.dtype == torch.float32 and x.device.type == "cpu"):
-        return False
-    if selection == "product" or x.shape[1] > MAX_D_IN or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not can_screen(x, W_enc, selection):
         return False
     return selection == "screen" or (W_enc.numel() >= _MIN_SCREENED_WEIGHTS and pays_off())
 
@@ -114,12 +114,11 @@ def select_above(
         rows.append(row)
         latents.append(hits - row * width + start)
     candidates = (torch.cat(rows), torch.cat(latents), torch.cat(products))
-    return settle(*candidates, b_enc, norms, n_keep, bound)
+    return settle(*candidates, b_enc, norms, n_keep, bound.item())
 
 
 _ABOVE = ((select_above, FLOOR_FRACTION),)
-# Another screen costs a fraction of a full ranking.
-_SCREEN_FIRST = ((select_screened, 0.85), (select_screened, 0.7), *_ABOVE)
+_SCREEN_FIRST = (*((select_screened, fraction) for fraction in SCREEN_FRACTIONS), *_ABOVE)
 
 
 def _blocks(x: torch.Tensor, d_sae: int) -> list[tuple[int, int]]:

@@ -1,36 +1,20 @@
-"""Exact BatchTopK selection in Triton, without sorting B × d_sae scores or waiting for the device.
+"""Exact BatchTopK selection in Triton, without sorting B × d_sae scores.
 
-Scores are ranked by their keys: the bits of a non-negative float32, read as an integer, have its
-order, and NaN ranks above infinity. One pass over the pre-activations picks the scores above a
-floor, a little below the last step's cut, as candidates. An atomic counter hands out their slots,
-in any order; running sums of the blocks' counts then tell each candidate's rank by row and latent,
-so the result is the same in each run. The cut is found among the candidates from histograms, one
-digit of the key at a time. If the floor was wrong (fewer candidates than codes to keep, or more
-than fit the buffer), kernels that otherwise return at once find a floor in the same way from the
-whole matrix, and pick the candidates again. The host launches the same kernels either way.
+Candidates are the scores above a floor, a little below the last step's cut. If the floor was wrong
+(fewer candidates than codes to keep, or more than fit the buffer), kernels that otherwise return at
+once find a floor in the same way from the whole matrix, and pick the candidates again. The host
+launches the same kernels either way and never waits. Where float32 products are slow, a screen
+finds the codes without computing them all; the host then waits to learn whether it did.
 """
 
-# Triton's annotations are of what a kernel sees on the device, not of what a launch takes.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
-from functools import cache
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 
 from sae_lens_matryoshka.kernels.codes import Codes
-from sae_lens_matryoshka.kernels.cut import FLOOR_FRACTION
-from sae_lens_matryoshka.kernels.rounding_triton import rounded
+from sae_lens_matryoshka.kernels.cut import FLOOR_FRACTION, SCREEN_FRACTIONS
+from sae_lens_matryoshka.kernels.cut_triton import candidates_above, keep_largest, matrix_of
+from sae_lens_matryoshka.kernels.screen import can_screen
+from sae_lens_matryoshka.kernels.screen_triton import pays_off, select_screened
 from sae_lens_matryoshka.kernels.selection import Selection
-
-_SCORES = 1024  # of one row, that a program reads at once
-_CANDIDATES = 512  # that a program reads at once: there are few, and a GPU has many processors
-_CAPACITY = 16  # of the candidates' buffer, as a multiple of the codes to keep
-_DIGITS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, number of values) in a key's 31 bits
-_INT32_SCORES = 2**31  # from this many scores on, counts and indices have 64 bits
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def select(
@@ -42,608 +26,50 @@ def select(
     last_cut: float | torch.Tensor | None,
     selection: Selection = "auto",
 ) -> Codes:
-    """As `selection.select`, with three differences.
+    """As `selection.select`, with two differences.
 
     Of scores that tie at the cut, those of the lowest rows are kept, and within a row those of the
     lowest latents. There are always `n_keep` codes, the last of them padding if fewer scores are
-    positive. There is no screen: `selection` is ignored.
+    positive.
     """
+    if isinstance(last_cut, torch.Tensor):  # one from another device is copied without waiting
+        last_cut = last_cut.to(x.device, torch.float32, non_blocking=True)
+    is_screened = can_screen(x, W_enc, selection) and (selection == "screen" or pays_off(x, W_enc))
+    if is_screened and last_cut is not None and n_keep > 0:
+        for fraction in SCREEN_FRACTIONS:
+            codes = select_screened(x, W_enc, b_enc, norms, n_keep, fraction * last_cut)
+            if codes is not None:
+                return codes
+    return _select_from_product(x, W_enc, b_enc, norms, n_keep, last_cut)
+
+
+def _select_from_product(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    norms: torch.Tensor | None,
+    n_keep: int,
+    last_cut: float | torch.Tensor | None,
+) -> Codes:
+    """As `select`, from all pre-activations, in the SAE's precision."""
     product = x @ W_enc
-    (n_rows, n_latents), device = product.shape, x.device
     pre_dtype = torch.promote_types(product.dtype, b_enc.dtype)
     score_dtype = pre_dtype if norms is None else torch.promote_types(pre_dtype, norms.dtype)
-    pre_acts = torch.empty(n_keep, dtype=pre_dtype, device=device)
-    scores = torch.empty(n_keep, dtype=score_dtype, device=device)
-    rows, latents = torch.empty(2, n_keep, dtype=torch.int64, device=device)
     if n_keep == 0:
-        return Codes(rows, latents, scores, pre_acts, 0.0)
-
-    matrix = _matrix(product, b_enc, norms, pre_dtype, score_dtype)
-    count_dtype = torch.int32 if product.numel() < _INT32_SCORES else torch.int64
-    capacity = min(_CAPACITY * n_keep, product.numel())
-    limit = _floor_key(last_cut, device)
-
-    found = torch.empty(capacity, dtype=count_dtype, device=device)
-    n_found = torch.zeros(1, dtype=count_dtype, device=device)
-    counts = torch.zeros(2 * matrix["n_blocks"], dtype=count_dtype, device=device)
-    starts = torch.empty(matrix["n_blocks"], dtype=count_dtype, device=device)
-    grid = _grid(matrix, device)
-    _collect[grid](
-        **matrix,
-        limit_ptr=limit,
-        n_found_ptr=n_found,
-        counts_ptr=counts,
-        starts_ptr=starts,
-        found_ptr=found,
-        capacity=capacity,
-    )
-
-    n_matrix_blocks, n_list_blocks = (
-        torch.empty(1, dtype=torch.int32, device=device) for _ in range(2)
-    )
-    _judge_floor[(1,)](
-        n_found,
-        limit,
-        n_matrix_blocks,
-        n_list_blocks,
-        n_keep,
-        capacity,
-        matrix["n_blocks"],
-        _CANDIDATES,
-    )
-    _find_limit(matrix, limit, n_keep, n_matrix_blocks, count_dtype)
-    _count[grid](**matrix, counts_ptr=counts, limit_ptr=limit, n_read_ptr=n_matrix_blocks)
-    sums = counts.cumsum(0, dtype=count_dtype)
-    keys = torch.zeros(capacity, dtype=torch.int32, device=device)
-    flat_index = torch.empty(capacity, dtype=count_dtype, device=device)
-    candidates = torch.empty(capacity, dtype=pre_dtype, device=device)
-    _order[(min(triton.cdiv(capacity, _CANDIDATES), _n_programs(device)),)](
-        **{name: value for name, value in matrix.items() if name != "n_blocks"},
-        found_ptr=found,
-        starts_ptr=starts,
-        counts_ptr=counts,
-        sums_ptr=sums,
-        n_found_ptr=n_found,
-        n_matrix_blocks_ptr=n_matrix_blocks,
-        keys_ptr=keys,
-        flat_index_ptr=flat_index,
-        candidates_ptr=candidates,
-        CANDIDATES=_CANDIDATES,
-    )
-    _collect_again[grid](
-        **matrix,
-        counts_ptr=counts,
-        sums_ptr=sums,
-        limit_ptr=limit,
-        n_read_ptr=n_matrix_blocks,
-        n_keep=n_keep,
-        keys_ptr=keys,
-        flat_index_ptr=flat_index,
-        candidates_ptr=candidates,
-    )
-
-    # keys are scores' bits, so the candidates are a matrix of one row whose scores are its product
-    row = _matrix(keys.view(1, -1).view(torch.float32), None, None, torch.float32, torch.float32)
-    grid, cut = _grid(row, device), torch.zeros_like(limit)
-    _find_limit(row, cut, n_keep, n_list_blocks, count_dtype)
-    counts = torch.zeros(2 * row["n_blocks"], dtype=count_dtype, device=device)
-    _count[grid](**row, counts_ptr=counts, limit_ptr=cut, n_read_ptr=n_list_blocks)
-    n_valid = torch.empty((), dtype=torch.int64, device=device)
-    _pick_codes[grid](
-        keys,
-        flat_index,
-        candidates,
-        counts,
-        counts.cumsum(0, dtype=count_dtype),
-        cut,
-        n_list_blocks,
-        rows,
-        latents,
-        scores,
-        pre_acts,
-        n_valid,
-        capacity,
-        row["n_blocks"],
-        n_keep,
-        n_rows,
-        n_latents,
-        _DTYPES[score_dtype],
-        _CANDIDATES,
-    )
-    return Codes(rows, latents, scores, pre_acts, cut.view(torch.float32)[0], n_valid)
+        none = torch.empty(0, dtype=torch.int64, device=x.device)
+        return Codes(none, none, none.to(score_dtype), none.to(pre_dtype), 0.0)
+    matrix = matrix_of(product, b_enc, norms, pre_dtype, score_dtype)
+    limit = _floor_key(last_cut, x.device)
+    candidates = candidates_above(limit, matrix, n_keep, pre_dtype, or_else_largest=True)
+    return keep_largest(candidates, n_keep, len(x), len(b_enc), score_dtype)
 
 
 def _floor_key(last_cut: float | torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """(1,) int32 key of the floor; a cut from another device is copied without waiting."""
+    """(1,) int32 key of the floor."""
     if last_cut is None:
         return torch.zeros(1, dtype=torch.int32, device=device)
     if isinstance(last_cut, torch.Tensor):
-        floor = FLOOR_FRACTION * last_cut.to(device, torch.float32, non_blocking=True).reshape(1)
+        floor = FLOOR_FRACTION * last_cut.reshape(1)
     else:
         floor = torch.full((1,), FLOOR_FRACTION * last_cut, dtype=torch.float32, device=device)
     return floor.clamp_(min=0).view(torch.int32)
-
-
-def _matrix(
-    product: torch.Tensor,
-    b_enc: torch.Tensor | None,
-    norms: torch.Tensor | None,
-    pre_dtype: torch.dtype,
-    score_dtype: torch.dtype,
-) -> dict[str, Any]:
-    """The arguments of `_keys_of`, and the number of blocks."""
-    n_rows, n_latents = product.shape
-    n_scores = _CANDIDATES if b_enc is None else _SCORES
-    blocks_per_row = triton.cdiv(n_latents, n_scores)
-    return {
-        "product_ptr": product,
-        "b_enc_ptr": product if b_enc is None else b_enc,
-        "norms_ptr": product if norms is None else norms,
-        "n_latents": n_latents,
-        "blocks_per_row": blocks_per_row,
-        "n_blocks": n_rows * blocks_per_row,
-        "HAS_BIAS": b_enc is not None,
-        "HAS_NORMS": norms is not None,
-        "PRE": _DTYPES[pre_dtype],
-        "SCORE": _DTYPES[score_dtype],
-        "SCORES": n_scores,
-    }
-
-
-@cache
-def _n_programs(device: torch.device) -> int:
-    """Programs that fill the device; a launch that returns at once costs less with few of them."""
-    if device.type == "cpu":
-        return 16
-    return 7 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _grid(matrix: dict[str, Any], device: torch.device) -> tuple[int]:
-    n_blocks, n_columns = matrix["n_blocks"], matrix["blocks_per_row"]
-    if not matrix["HAS_BIAS"]:
-        return (min(n_blocks, _n_programs(device)),)
-    # a multiple of a row's blocks: a program stays in its columns and loads their biases once
-    return (n_columns * max(1, min(n_blocks // n_columns, _n_programs(device) // n_columns)),)
-
-
-def _find_limit(
-    matrix: dict[str, Any],
-    limit: torch.Tensor,
-    n_keep: int,
-    n_read: torch.Tensor,
-    count_dtype: torch.dtype,
-) -> None:
-    """Set `limit` to the key of the `n_keep`-th largest of the first `n_read` blocks' scores."""
-    wanted = torch.full((1,), n_keep, dtype=torch.int32, device=limit.device)
-    histograms = torch.zeros(
-        len(_DIGITS), max(n for _, n in _DIGITS), dtype=count_dtype, device=limit.device
-    )
-    for (shift, n_values), histogram in zip(_DIGITS, histograms, strict=True):
-        _histogram[_grid(matrix, limit.device)](
-            **matrix,
-            limit_ptr=limit,
-            histogram_ptr=histogram,
-            n_read_ptr=n_read,
-            SHIFT=shift,
-            N_VALUES=n_values,
-        )
-        _find_digit[(1,)](limit, wanted, histogram, n_read, shift, n_values)
-
-
-@triton.jit
-def _of_columns(
-    values_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    EXISTS: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """float32 values of the columns of each block that this program reads, if they exist."""
-    values = tl.zeros((SCORES,), tl.float32)
-    if EXISTS:
-        latents = (tl.program_id(0) % blocks_per_row) * SCORES + tl.arange(0, SCORES)
-        values += tl.load(values_ptr + latents, mask=latents < n_latents, other=0.0)
-    return values
-
-
-@triton.jit
-def _keys_from(
-    products,  # float32
-    biases,  # float32
-    norms,  # float32
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-):
-    """Keys and pre-activations, rounded as dense code rounds them."""
-    pre_acts = products
-    if HAS_BIAS:
-        pre_acts = rounded(pre_acts + biases, PRE).to(tl.float32)
-    scores = pre_acts
-    if HAS_NORMS:
-        scores = rounded(scores * norms, SCORE).to(tl.float32)
-    return tl.where(scores <= 0, 0, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF), pre_acts
-
-
-@triton.jit
-def _keys_of(
-    product_ptr,  # (B, d_sae) x @ W_enc
-    biases,  # (SCORES,) float32, of the block's columns
-    norms,  # (SCORES,) float32
-    block,
-    n_latents,
-    blocks_per_row,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """Keys, flat indices and pre-activations of a block."""
-    first = (block // blocks_per_row).to(tl.int64) * n_latents
-    latents = (block % blocks_per_row) * SCORES + tl.arange(0, SCORES)
-    mask = latents < n_latents
-    products = tl.load(product_ptr + first + latents, mask=mask, other=0.0).to(tl.float32)
-    keys, pre_acts = _keys_from(products, biases, norms, HAS_BIAS, HAS_NORMS, PRE, SCORE)
-    return tl.where(mask, keys, 0), first + latents, pre_acts
-
-
-@triton.jit
-def _collect(
-    product_ptr,  # (B, d_sae)
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    n_blocks,
-    limit_ptr,  # (1,) int32 key
-    n_found_ptr,  # (1,) count, added to: scores above the limit
-    counts_ptr,  # (2, n_blocks) count, the first half written: scores above the limit
-    starts_ptr,  # (n_blocks,) count, written where there are any: the slot of the first of them
-    found_ptr,  # (capacity,) count, written: row * d_sae + latent
-    capacity,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """Write where scores are above the limit, as many as fit, block by block in any order."""
-    limit = tl.load(limit_ptr)
-    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
-    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
-    for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
-        keys, flat_index, _ = _keys_of(
-            product_ptr,
-            biases,
-            norms,
-            block,
-            n_latents,
-            blocks_per_row,
-            HAS_BIAS,
-            HAS_NORMS,
-            PRE,
-            SCORE,
-            SCORES,
-        )
-        above = (keys > limit).to(tl.int32)
-        n = tl.sum(above, 0).to(n_found_ptr.dtype.element_ty)
-        tl.store(counts_ptr + block, n)
-        if n > 0:
-            start = tl.atomic_add(n_found_ptr, n, sem="relaxed")
-            tl.store(starts_ptr + block, start)
-            slots = start + tl.cumsum(above, 0) - 1
-            mask = (keys > limit) & (slots < capacity)
-            tl.store(found_ptr + slots, flat_index.to(n.dtype), mask=mask)
-
-
-@triton.jit
-def _judge_floor(
-    n_found_ptr,  # (1,) count
-    limit_ptr,  # (1,) int32 key
-    n_matrix_blocks_ptr,  # (1,) int32, written: to read again, 0 if the floor was right
-    n_list_blocks_ptr,  # (1,) int32, written: that the candidates fill
-    n_keep,
-    capacity,
-    n_blocks,
-    CANDIDATES: tl.constexpr,
-):
-    """A right floor has at least `n_keep` scores above it, and no more than fit the buffer."""
-    n = tl.load(n_found_ptr)
-    wrong = (n > capacity) | ((n < n_keep) & (tl.load(limit_ptr) > 0))
-    tl.store(n_matrix_blocks_ptr, tl.where(wrong, n_blocks, 0))
-    n_candidates = tl.where(wrong, n_keep, n)
-    tl.store(n_list_blocks_ptr, (n_candidates + CANDIDATES - 1) // CANDIDATES)
-
-
-@triton.jit
-def _count(
-    product_ptr,  # (B, d_sae)
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    n_blocks,
-    counts_ptr,  # (2, n_blocks) count, written: scores above the limit, and at it
-    limit_ptr,  # (1,) int32 key
-    n_read_ptr,  # (1,) int32, blocks to read
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """How many scores of each block are above the limit, and how many at it if it is above 0."""
-    limit = tl.load(limit_ptr)
-    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
-    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
-    for block in range(tl.program_id(0), tl.load(n_read_ptr), tl.num_programs(0)):
-        keys, _, _ = _keys_of(
-            product_ptr,
-            biases,
-            norms,
-            block,
-            n_latents,
-            blocks_per_row,
-            HAS_BIAS,
-            HAS_NORMS,
-            PRE,
-            SCORE,
-            SCORES,
-        )
-        tl.store(counts_ptr + block, tl.sum((keys > limit).to(tl.int32), 0))
-        ties = (keys == limit) & (limit > 0)
-        tl.store(counts_ptr + n_blocks + block, tl.sum(ties.to(tl.int32), 0))
-
-
-@triton.jit
-def _histogram(
-    product_ptr,  # (B, d_sae)
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    n_blocks,
-    limit_ptr,  # (1,) int32 key, of the digits found so far
-    histogram_ptr,  # (N_VALUES,) count, added to
-    n_read_ptr,  # (1,) int32, blocks to read
-    SHIFT: tl.constexpr,
-    N_VALUES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """The histogram of the next digit of the scores that share the digits found so far."""
-    n_read = tl.load(n_read_ptr)
-    if tl.program_id(0) >= n_read:
-        return
-    found = tl.load(limit_ptr) >> SHIFT
-    values = tl.arange(0, N_VALUES)
-    n = tl.zeros((N_VALUES,), tl.int32)
-    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
-    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
-    for block in range(tl.program_id(0), n_read, tl.num_programs(0)):
-        keys, _, _ = _keys_of(
-            product_ptr,
-            biases,
-            norms,
-            block,
-            n_latents,
-            blocks_per_row,
-            HAS_BIAS,
-            HAS_NORMS,
-            PRE,
-            SCORE,
-            SCORES,
-        )
-        digits = keys >> SHIFT
-        shared = keys > 0
-        if SHIFT < 20:
-            shared &= digits // N_VALUES == found // N_VALUES
-        # tl.histogram takes no mask: count the other keys as zeros and subtract them
-        n += tl.histogram(tl.where(shared, digits % N_VALUES, 0), N_VALUES)
-        n -= tl.where(values == 0, tl.sum(tl.where(shared, 0, 1), 0), 0)
-    n = n.to(histogram_ptr.dtype.element_ty)
-    tl.atomic_add(histogram_ptr + values, n, mask=n > 0, sem="relaxed")
-
-
-@triton.jit
-def _find_digit(
-    limit_ptr,  # (1,) int32 key, of the digits found so far
-    wanted_ptr,  # (1,) int32, the n-th largest key with these digits; −1 if fewer are positive
-    histogram_ptr,  # (N_VALUES,) count
-    n_read_ptr,  # (1,) int32, blocks to read
-    SHIFT: tl.constexpr,
-    N_VALUES: tl.constexpr,
-):
-    """The next digit of the n-th largest key: the largest with enough keys at it and above."""
-    if tl.load(n_read_ptr) == 0:
-        return
-    n_wanted = tl.load(wanted_ptr)
-    if n_wanted < 0:
-        return
-    values = tl.arange(0, N_VALUES)
-    n = tl.load(histogram_ptr + values)
-    at_least = tl.sum(n, 0) - tl.cumsum(n, 0) + n
-    digit = tl.sum((at_least >= n_wanted).to(tl.int32), 0) - 1
-    found = tl.load(limit_ptr)
-    if SHIFT == 20:
-        found = found * 0
-    if digit < 0:  # fewer than n scores are positive: all of them are kept
-        tl.store(limit_ptr, found * 0)
-        tl.store(wanted_ptr, n_wanted * 0 - 1)
-    else:
-        tl.store(limit_ptr, found + (digit << SHIFT))
-        tl.store(wanted_ptr, n_wanted - tl.sum(tl.where(values > digit, n, 0), 0))
-
-
-@triton.jit
-def _order(
-    product_ptr,  # (B, d_sae)
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    found_ptr,  # (capacity,) count: row * d_sae + latent, in any order of the blocks
-    starts_ptr,  # (n_blocks,) count, of each block in `found`
-    counts_ptr,  # (2, n_blocks) count
-    sums_ptr,  # (2, n_blocks) count, running sums of the counts
-    n_found_ptr,  # (1,) count
-    n_matrix_blocks_ptr,  # (1,) int32, above 0 if the floor was wrong
-    keys_ptr,  # (capacity,) int32, written: by row and latent
-    flat_index_ptr,  # (capacity,) count, written: row * d_sae + latent
-    candidates_ptr,  # (capacity,) pre-activations, written
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-):
-    """Write the candidates by row and latent, unless they are to be collected again."""
-    if tl.load(n_matrix_blocks_ptr) > 0:
-        return
-    n_found = tl.load(n_found_ptr).to(tl.int32)
-    first, step = tl.program_id(0) * CANDIDATES, tl.num_programs(0) * CANDIDATES
-    for start in range(first, n_found, step):
-        slots = start + tl.arange(0, CANDIDATES)
-        mask = slots < n_found
-        flat_index = tl.load(found_ptr + slots, mask=mask, other=0)
-        row, latent = flat_index // n_latents, flat_index % n_latents
-        block = row * blocks_per_row + latent // SCORES
-        ranks = slots - tl.load(starts_ptr + block, mask=mask, other=0)
-        ranks += tl.load(sums_ptr + block, mask=mask, other=0)
-        ranks -= tl.load(counts_ptr + block, mask=mask, other=0)
-        products = tl.load(product_ptr + flat_index, mask=mask, other=0.0).to(tl.float32)
-        biases = tl.load(b_enc_ptr + latent, mask=mask, other=0.0).to(tl.float32)
-        norms = tl.load(norms_ptr + latent, mask=mask, other=0.0).to(tl.float32)
-        keys, pre_acts = _keys_from(products, biases, norms, HAS_BIAS, HAS_NORMS, PRE, SCORE)
-        tl.store(keys_ptr + ranks, keys, mask=mask)
-        tl.store(flat_index_ptr + ranks, flat_index, mask=mask)
-        tl.store(candidates_ptr + ranks, pre_acts.to(PRE), mask=mask)
-
-
-@triton.jit
-def _ranks(
-    keys,
-    block,
-    counts_ptr,  # (2, n_blocks) count
-    sums_ptr,  # (2, n_blocks) count, running sums of the counts
-    n_blocks,
-    limit,
-    n_keep,
-):
-    """Which keys of a block are picked, and their ranks by row and latent.
-
-    All above the limit are picked, and of those at it the first ones, up to `n_keep` in all. Keys
-    of 0 never are.
-    """
-    n_above = tl.load(sums_ptr + n_blocks - 1)
-    n_ties = tl.where(limit > 0, tl.maximum(n_keep - n_above, 0), 0)
-    above_before = tl.load(sums_ptr + block) - tl.load(counts_ptr + block)
-    ties_before = tl.load(sums_ptr + n_blocks + block) - n_above
-    ties_before -= tl.load(counts_ptr + n_blocks + block)
-    ties = keys == limit
-    picked_ties = ties & (ties_before + tl.cumsum(ties.to(tl.int32), 0) <= n_ties)
-    picked = (keys > limit) | picked_ties
-    before = above_before + tl.minimum(ties_before, n_ties)
-    return picked, before + tl.cumsum(picked.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def _collect_again(
-    product_ptr,  # (B, d_sae)
-    b_enc_ptr,  # (d_sae,)
-    norms_ptr,  # (d_sae,)
-    n_latents,
-    blocks_per_row,
-    n_blocks,
-    counts_ptr,  # (2, n_blocks) count
-    sums_ptr,  # (2, n_blocks) count
-    limit_ptr,  # (1,) int32 key
-    n_read_ptr,  # (1,) int32, blocks to read: none if the first floor was right
-    n_keep,
-    keys_ptr,  # (capacity,) int32, written: by row and latent
-    flat_index_ptr,  # (capacity,) count, written: row * d_sae + latent
-    candidates_ptr,  # (capacity,) pre-activations, written
-    HAS_BIAS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRE: tl.constexpr,
-    SCORE: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """Write the `n_keep` largest scores, whose limit is known by now."""
-    limit = tl.load(limit_ptr)
-    biases = _of_columns(b_enc_ptr, n_latents, blocks_per_row, HAS_BIAS, SCORES)
-    norms = _of_columns(norms_ptr, n_latents, blocks_per_row, HAS_NORMS, SCORES)
-    for block in range(tl.program_id(0), tl.load(n_read_ptr), tl.num_programs(0)):
-        if tl.load(counts_ptr + block) + tl.load(counts_ptr + n_blocks + block) > 0:
-            keys, flat_index, pre_acts = _keys_of(
-                product_ptr,
-                biases,
-                norms,
-                block,
-                n_latents,
-                blocks_per_row,
-                HAS_BIAS,
-                HAS_NORMS,
-                PRE,
-                SCORE,
-                SCORES,
-            )
-            picked, ranks = _ranks(keys, block, counts_ptr, sums_ptr, n_blocks, limit, n_keep)
-            tl.store(keys_ptr + ranks, keys, mask=picked)
-            flat_index = flat_index.to(flat_index_ptr.dtype.element_ty)
-            tl.store(flat_index_ptr + ranks, flat_index, mask=picked)
-            tl.store(candidates_ptr + ranks, pre_acts.to(PRE), mask=picked)
-
-
-@triton.jit
-def _pick_codes(
-    keys_ptr,  # (capacity,) int32, 0 behind the candidates
-    flat_index_ptr,  # (capacity,) count
-    candidates_ptr,  # (capacity,) pre-activations
-    counts_ptr,  # (2, n_blocks) count
-    sums_ptr,  # (2, n_blocks) count
-    cut_ptr,  # (1,) int32 key
-    n_read_ptr,  # (1,) int32, blocks that the candidates fill
-    rows_ptr,  # (n_keep,) int64, written
-    latents_ptr,  # (n_keep,) int64, written
-    scores_ptr,  # (n_keep,), written
-    pre_acts_ptr,  # (n_keep,), written
-    n_valid_ptr,  # () int64, written
-    capacity,
-    n_blocks,
-    n_keep,
-    n_rows,
-    n_latents,
-    SCORE: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-):
-    """Write the codes, and the padding behind them."""
-    cut = tl.load(cut_ptr)
-    n_valid = tl.where(cut > 0, n_keep, tl.load(sums_ptr + n_blocks - 1))
-    if tl.program_id(0) == 0:
-        tl.store(n_valid_ptr, n_valid)
-    # the buffer has room for `n_keep`, so these blocks hold every code and all of the padding
-    n_read = tl.maximum(tl.load(n_read_ptr), (n_keep + CANDIDATES - 1) // CANDIDATES)
-    for block in range(tl.program_id(0), n_read, tl.num_programs(0)):
-        places = block * CANDIDATES + tl.arange(0, CANDIDATES)
-        keys = tl.load(keys_ptr + places, mask=places < capacity, other=-1)
-        picked, code = _ranks(keys, block, counts_ptr, sums_ptr, n_blocks, cut, n_keep)
-        flat_index = tl.load(flat_index_ptr + places, mask=picked, other=0)
-        tl.store(rows_ptr + code, flat_index // n_latents, mask=picked)
-        tl.store(latents_ptr + code, flat_index % n_latents, mask=picked)
-        tl.store(scores_ptr + code, keys.to(tl.float32, bitcast=True).to(SCORE), mask=picked)
-        values = tl.load(candidates_ptr + places, mask=picked, other=0.0)
-        tl.store(pre_acts_ptr + code, values, mask=picked)
-
-        padding = (places >= n_valid) & (places < n_keep)
-        zeros = tl.zeros_like(keys)
-        tl.store(rows_ptr + places, (zeros + n_rows - 1).to(tl.int64), mask=padding)
-        tl.store(latents_ptr + places, (zeros + n_latents - 1).to(tl.int64), mask=padding)
-        tl.store(scores_ptr + places, zeros.to(SCORE), mask=padding)
-        tl.store(pre_acts_ptr + places, zeros.to(pre_acts_ptr.dtype.element_ty), mask=padding)

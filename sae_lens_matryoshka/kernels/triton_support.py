@@ -27,9 +27,9 @@ def why_no_triton() -> str | None:
 
 @cache
 def _why_no_launch(device: str = "cuda") -> str | None:
-    """Why a small selection fails: launching a kernel needs a C compiler, for example.
+    """Why small selections fail: launching a kernel needs a C compiler, for example.
 
-    Its kernels ask for more of Triton than the others do, so an old Triton shows here.
+    Their kernels ask for more of Triton than the others do, so an old Triton shows here.
     """
     W_enc = torch.arange(64.0, device=device).view(2, 32)
     identity, biases = torch.eye(2, device=device), torch.zeros(32, device=device)
@@ -37,8 +37,10 @@ def _why_no_launch(device: str = "cuda") -> str | None:
         # importing the kernels needs Triton, which not every machine has
         from sae_lens_matryoshka.kernels.selection_triton import select
 
-        codes = select(identity, W_enc, biases, None, 3, None)
-        is_right = (codes.rows * 32 + codes.latents).tolist() == [61, 62, 63]
+        by_product = select(identity, W_enc, biases, None, 3, None, "product")
+        by_screen = select(identity, W_enc, biases, None, 3, 60.0, "screen")
+        kept = [codes.rows * 32 + codes.latents for codes in (by_product, by_screen)]
+        is_right = all(codes.tolist() == [61, 62, 63] for codes in kept)
     except Exception as error:
         return f"a first kernel failed ({type(error).__name__}: {error})"
     return None if is_right else "a first kernel gave a wrong result"

@@ -72,6 +72,8 @@ class InterruptibleFit:
         try:
             return trainer.fit()
         except AgreedStop as stop:
+            if self._undo_step is not None:
+                self._undo_step()
             self._stop(stop.signum, f"rank {stop.rank} was told to stop; ")
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -80,7 +82,7 @@ class InterruptibleFit:
                 self._undo_step()
             final = error
             if self._processes is not None:
-                trainer.is_writer, final = self._processes.rally(error)
+                trainer.is_writer, final = self._processes.settle_failure(error)
             if n_completed_steps(trainer) > n_steps_before:
                 message = self._save()[1]
                 if self._processes is None or trainer.is_writer:
@@ -98,7 +100,7 @@ class InterruptibleFit:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._processes is not None:
-            # torchrun passes on what the terminal has sent already, so a second one says nothing
+            # Ctrl-C sends two: one from the terminal, one from torchrun
             self._signum = signum
             return
         if self._activity is None:
@@ -127,10 +129,10 @@ class InterruptibleFit:
         if self._processes is None:
             return save_interrupted(self._trainer)
         if not self._trainer.is_writer:
-            checkpoint, message = self._processes.announced() or (None, "nothing was saved.")
+            checkpoint, message = self._processes.wait_for_saved() or (None, "nothing was saved.")
             return checkpoint and Path(checkpoint), message
         checkpoint, message = save_interrupted(self._trainer)
-        self._processes.announce((checkpoint and str(checkpoint), message))
+        self._processes.publish_saved((checkpoint and str(checkpoint), message))
         return checkpoint, message
 
     def _step(self, batch: torch.Tensor) -> Any:

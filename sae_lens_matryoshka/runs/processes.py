@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from sae_lens_matryoshka.kernels.collectives import gathered
-from sae_lens_matryoshka.util.checks import checked_number, invalid_option
+from sae_lens_matryoshka.util.checks import checked_number
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; gloo's
 _GRACE = 5.0  # seconds in which a living process notices that a collective is broken
 _POLL = 0.05  # seconds
-# What each process has of its own in a config
-_OF_A_PROCESS = ("checkpoint_path", "logger.wandb_id", "logger.run_name")
+_LONGEST = 10**7  # seconds of a timeout
+_MAY_DIFFER = ("checkpoint_path", "logger.wandb_id", "logger.run_name")  # SAELens draws them
 _n_started = itertools.count()
 
 
@@ -50,12 +51,13 @@ class Processes:
         n_texts: How many texts each had read, by rank, when they last agreed to go on.
     """
 
-    def __init__(self, store: Store, timeout: float) -> None:
+    def __init__(self, store: Store, timeout: float, device: str) -> None:
         assert dist.group.WORLD is not None
         self.group = dist.group.WORLD
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self.n_texts = [0] * self.n
         self._store = store
+        self._is_on_gpu = torch.device(device).type == "cuda"
         self._timeout = timedelta(seconds=timeout)
 
     @classmethod
@@ -69,11 +71,17 @@ class Processes:
         Raises:
             ValueError: the timeout or the device is not accepted, or the processes can't meet.
         """
-        checked_number("process_timeout", timeout, "a positive number of seconds", above=0)
+        accepted = f"a positive number of seconds, at most {_LONGEST:,}"
+        checked_number("process_timeout", timeout, accepted, above=0, most=_LONGEST)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
+        if dist.is_initialized():
+            raise ValueError(
+                "torch.distributed is in use already, by this script or by a runner that has not "
+                "run: a runner joins its processes itself, and leaves them when its run ends."
+            )
         if torch.device(device).type == "cuda":
-            _take_gpu(device)
+            _take_gpu()
         limit = timedelta(seconds=timeout)
         try:
             store, rank, n = next(rendezvous("env://", timeout=limit))
@@ -87,7 +95,18 @@ class Processes:
                 f"{str(error).splitlines()[0]} Start all of them at once, on a free port: torchrun "
                 "--standalone finds one."
             ) from error
-        return cls(store, timeout)
+        return cls(store, timeout, device)
+
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Raise what `settle_failure` says for an exception in the block."""
+        try:
+            yield
+        except Exception as error:
+            _, final = self.settle_failure(error)
+            if final is error:
+                raise
+            raise final from error
 
     def close(self) -> None:
         """Leave the group."""
@@ -104,7 +123,7 @@ class Processes:
         Raises:
             ValueError: the first field that differs, with its values.
         """
-        mine = {name: str(config[name]) for name in config if name not in _OF_A_PROCESS}
+        mine = {name: str(config[name]) for name in config if name not in _MAY_DIFFER}
         by_rank: list[Any] = [None] * self.n
         dist.all_gather_object(by_rank, mine, group=self.group)
         for rank, other in enumerate(by_rank):
@@ -140,17 +159,17 @@ class Processes:
             ProcessFailed: another process has no batch.
         """
         while True:
+            for rank, (received,) in enumerate(self.exchange(signum())):
+                if received:
+                    raise AgreedStop(received, rank)
             error: Exception | None = None
             batch = None
             try:
                 batch = next(batches)
             except Exception as caught:
                 error = caught
-            states = self.exchange(signum(), batch is None, n_texts())
-            signals, without_batch, read = map(list, zip(*states, strict=True))
-            for rank in range(self.n):
-                if signals[rank]:
-                    raise AgreedStop(signals[rank], rank)
+            states = self.exchange(batch is None, n_texts())
+            without_batch, read = map(list, zip(*states, strict=True))
             if error is not None and not isinstance(error, StopIteration):
                 raise error
             if any(without_batch):
@@ -160,32 +179,29 @@ class Processes:
             self.n_texts = read
             yield batch
 
-    def rally(self, error: Exception) -> tuple[bool, Exception]:
+    def settle_failure(self, error: Exception) -> tuple[bool, Exception]:
         """After this process failed, or a collective did: see who is left, and what happened.
 
         Returns:
-            Whether this process, the first of those left, has to save; the error to end with.
+            Whether it is this process, of those that are left, that has to save; the error to end
+            with.
         """
         is_own = not (isinstance(error, ProcessFailed) or _is_of_communication(error))
-        if not torch.cuda.is_available():
+        if not self._is_on_gpu:
             self.close()  # so that those who wait for this process notice
-        messages = self._tell(f"{type(error).__name__}: {error}" if is_own else "")
-        is_first = self.rank == min(messages)
+        messages, is_writer = self._collect(f"{type(error).__name__}: {error}" if is_own else "")
         if is_own:
-            return is_first, error
+            return is_writer, error
         failed = [f"rank {rank} failed with {text}" for rank, text in messages.items() if text]
         missing = [f"rank {rank}" for rank in range(self.n) if rank not in messages]
         if missing and not isinstance(error, ProcessFailed):
-            failed.append(
-                f"{' and '.join(missing)} ended, or did not answer within "
-                f"{self._timeout.total_seconds():g} s"
-            )
+            failed.append(f"{' and '.join(missing)} ended, or did not answer")
         if failed or not isinstance(error, ProcessFailed):
             error = ProcessFailed("; ".join(failed) or "the others gave up waiting for this one")
-        return is_first, error
+        return is_writer, error
 
-    def _tell(self, message: str) -> dict[int, str]:
-        """Leave a message, and collect those of every process that is left."""
+    def _collect(self, message: str) -> tuple[dict[int, str], bool]:
+        """Leave a message and collect those of the others; whether this process is the writer."""
         messages = {self.rank: message}
         deadline = time.monotonic() + _GRACE
         try:
@@ -195,35 +211,42 @@ class Processes:
                     if self._store.check([f"failed/{rank}"]):
                         messages[rank] = self._store.get(f"failed/{rank}").decode()
                 time.sleep(_POLL)
+            candidate = str(min(messages))
+            writer = self._store.compare_set("writer", "", candidate).decode() or candidate
+            return messages, writer == str(self.rank)
         except (dist.DistError, RuntimeError):  # the store went down with its process
-            pass
-        return messages
+            return messages, self.rank == min(messages)
 
-    def announce(self, value: Any) -> None:
-        """Give the processes that wait in `announced` a value."""
-        self._store.set("announced", json.dumps(value))
+    def publish_saved(self, saved: Any) -> None:
+        """Tell the others, who wait in `wait_for_saved`, what this process has saved."""
+        self._store.set("saved", json.dumps(saved))
 
-    def announced(self) -> Any:
-        """What the process that saves announces; None if it does not within the timeout."""
+    def wait_for_saved(self) -> Any:
+        """What the process that saves has published; None if it does not within the timeout."""
         try:
-            self._store.wait(["announced"], self._timeout)
-            return json.loads(self._store.get("announced"))
+            self._store.wait(["saved"], self._timeout)
+            return json.loads(self._store.get("saved"))
         except (dist.DistError, RuntimeError):
             return None
 
 
-def _take_gpu(device: str) -> None:
-    local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if torch.device(device).index is not None:
-        raise invalid_option("device", device, "'cuda' with several processes")
-    if local_rank >= n_gpus:
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+
+
+def _take_gpu() -> None:
+    n_gpus = torch.cuda.device_count()
+    if local_rank() >= n_gpus:
         raise ValueError(
             f"There are more processes than GPUs on this machine: {n_gpus}. Start at most as many "
             "with --nproc-per-node."
         )
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(local_rank())
+    # a broken collective raises here instead of ending the process
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
 
 
 def _is_of_communication(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
+    is_named = any(name in str(error) for name in ("gloo/", "NCCL"))
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and is_named)

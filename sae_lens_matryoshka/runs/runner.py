@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import wandb
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, constants
+from sae_lens import (
+    ActivationsStore,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    constants,
+)
 from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -28,7 +33,7 @@ from sae_lens_matryoshka.runs.interruption import (
     n_completed_steps,
     save_atomically,
 )
-from sae_lens_matryoshka.runs.processes import DEFAULT_TIMEOUT, Processes
+from sae_lens_matryoshka.runs.processes import DEFAULT_TIMEOUT, Processes, local_rank
 from sae_lens_matryoshka.runs.text_share import load_position, save_positions, take_share
 from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.training.base import NestedTrainingSAE
@@ -100,13 +105,15 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         with ExitStack() as on_error:
             if processes is not None:
                 on_error.callback(processes.close)
+                on_error.enter_context(processes.naming_failures())
                 _prepare_for(processes, cfg)
-            # rows that exist already are shared by `batches_for`
-            self._text_sharers = processes if activations is None else None
+            self._reads_files_of_its_own = False
             if activations is None:
                 super().__init__(cfg, override_dataset, override_model, override_sae)
                 if processes is not None:
-                    take_share(self.activations_store, processes, cfg.train_batch_size_tokens)
+                    self._reads_files_of_its_own = take_share(
+                        self.activations_store, processes, cfg.train_batch_size_tokens
+                    )
             else:
                 rank, n = (0, 1) if processes is None else (processes.rank, processes.n)
                 batches: Any = batches_for(cfg, activations, rank, n)
@@ -122,9 +129,22 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             at_exit.enter_context(handlers_restored())
             if self.processes is not None:
                 at_exit.callback(self.processes.close)
-            return self._run(at_exit)
+            processes = self.processes
+            with nullcontext() if processes is None else processes.naming_failures():
+                trainer = self._start(at_exit)
+            sae = self.run_trainer_with_interruption_handling(trainer)
+            if self.cfg.output_path is not None and trainer.is_writer:
+                self.save_final_sae(
+                    sae=sae,
+                    output_path=self.cfg.output_path,
+                    log_feature_sparsity=trainer.log_feature_sparsity,
+                )
+            if self.cfg.logger.log_to_wandb:
+                wandb.finish()
+            return sae
 
-    def _run(self, at_exit: ExitStack) -> TrainingSAE[Any]:
+    def _start(self, at_exit: ExitStack) -> MatryoshkaTrainer:
+        """The trainer, at the step from which it is to train."""
         cfg, processes = self.cfg, self.processes
         self._set_sae_metadata()
         is_first = processes is None or processes.rank == 0
@@ -155,16 +175,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             trainer.load_trainer_state(cfg.resume_from_checkpoint)
             self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
         self._compile_sae_if_needed()
-        sae = self.run_trainer_with_interruption_handling(trainer)
-        if cfg.output_path is not None and is_first:
-            self.save_final_sae(
-                sae=sae,
-                output_path=cfg.output_path,
-                log_feature_sparsity=trainer.log_feature_sparsity,
-            )
-        if cfg.logger.log_to_wandb:
-            wandb.finish()
-        return sae
+        return trainer
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
@@ -177,8 +188,11 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         trainer.save_checkpoint = partial(save_atomically, trainer, trainer.save_checkpoint)
         fit = InterruptibleFit(trainer, self.processes)
         if self.processes is not None:
+            own, evaluator = trainer.data_provider, trainer.evaluator
+            if evaluator is not None:  # which pauses a prefetching thread
+                trainer.evaluator = lambda sae, _, scaler: evaluator(sae, own, scaler)
             trainer.data_provider = self.processes.together(
-                trainer.data_provider,
+                own,
                 signum=lambda: fit.signum,
                 n_texts=lambda: getattr(self.activations_store, "n_dataset_processed", 0),
             )
@@ -191,12 +205,14 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is not None and self._text_sharers is not None:
-            save_positions(checkpoint_path, self._text_sharers)
+        if checkpoint_path is None or self.processes is None:
+            return
+        if isinstance(self.activations_store, ActivationsStore):
+            save_positions(checkpoint_path, self.processes, self._reads_files_of_its_own)
 
     def _load_position(self, checkpoint: Path) -> None:
-        if self._text_sharers is not None:
-            load_position(self.activations_store, checkpoint, self._text_sharers)
+        if isinstance(self.activations_store, ActivationsStore):
+            load_position(self.activations_store, checkpoint, self.processes)
         else:
             self.activations_store.load_from_checkpoint(checkpoint)
 
@@ -204,6 +220,21 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
 def _prepare_for(processes: Processes, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Check that these processes can split the run, and let them write to the same folders."""
     processes.check_equal(flat(cfg.to_dict(), "the config"))
+    if cfg.use_cached_activations:
+        raise invalid_option(
+            "use_cached_activations",
+            True,
+            "false with several processes, and the folder as activations",
+        )
+    for name in ("device", "llm_device", "act_store_device"):
+        device = getattr(cfg, name)
+        if torch.device(device).type == "cuda":
+            if torch.device(device).index is not None:
+                raise invalid_option(
+                    name, device, "'cuda' with several processes, one GPU for each"
+                )
+            # TransformerLens takes "cuda" for the first GPU, torch for the current one
+            setattr(cfg, name, f"cuda:{local_rank()}")
     batch_size = cfg.train_batch_size_tokens
     if batch_size % processes.n:
         raise invalid_option(

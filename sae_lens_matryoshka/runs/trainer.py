@@ -170,5 +170,5 @@ class _JoinedActivationScaler(ActivationScaler):
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in its own order, as collectives want it; W_enc's has the latents first."""
+    """The tensor or its transpose, whichever is contiguous, as collectives need it."""
     return tensor if tensor.is_contiguous() else tensor.T

@@ -2,12 +2,12 @@
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from sae_lens import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -190,15 +190,16 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
             if self.joined_batch.group is None:
                 codes = select(n_keep)
             else:
-                most = len(x) * self.cfg.d_sae
-                codes = select_joined(select, n_keep, most, self.joined_batch.group)
+                n_scores = len(x) * self.cfg.d_sae
+                codes = select_joined(select, n_keep, n_scores, self.joined_batch.group)
         self._last_cut = codes.cut
         return codes
 
     def _reference_forward(
         self, sae_in: torch.Tensor, dead: TrueIndices | None, plan: StepPlan
     ) -> _Forward:
-        feature_acts, hidden_pre = self.encode_with_hidden_pre(sae_in)
+        with self._selecting_jointly():
+            feature_acts, hidden_pre = self.encode_with_hidden_pre(sae_in)
         norms = self._score_norms()
         acts, pre_acts = feature_acts, hidden_pre
         if norms is not None:
@@ -218,6 +219,17 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
                 residual, dead_pre_acts[:, part], norms, dead_rows[part]
             ),
         )
+
+    @contextmanager
+    def _selecting_jointly(self) -> Iterator[None]:
+        """Within a step, SAELens' encoder keeps the largest scores of the joined batch."""
+        plain, group = self.activation_fn, self.joined_batch.group
+        if group is not None:
+            self.activation_fn = JoinedBatchTopK(plain.k, group)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.activation_fn = plain
 
     def _score_norms(self) -> Float[torch.Tensor, " d_sae"] | None:
         """Decoder norms, or None where the config ranks by pre-activation alone."""
@@ -253,7 +265,8 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         self.count_firings(forward.scores, forward.latents, len(sae_in))
         self._sample.add(sae_in.detach(), self.joined_batch)
         # with sampled prefixes, no step computes the losses of the levels to be judged
-        if not self.cfg.is_sampled and self._monitor.is_due(step):
+        is_monitored = self.joined_batch.rank == 0 and not self.cfg.is_sampled
+        if is_monitored and self._monitor.is_due(step):
             losses, ranks = forward.levels.losses, plan.ranks(forward.latents)
             self._monitor.observe(
                 losses[self.cfg.bias_level :], forward.scores, ranks, sae_in, step
@@ -271,11 +284,6 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         if self.cfg.topk_threshold_start_step is not None:
             after = torch.where(before == 0, smallest, after)  # the first cut it sees
         self.topk_threshold = torch.where(smallest < torch.inf, after, before)
-
-    @override
-    def split_batches(self, group: dist.ProcessGroup) -> None:
-        super().split_batches(group)
-        self.activation_fn = JoinedBatchTopK(self.cfg.k, group)
 
     @override
     @torch.no_grad()
@@ -302,6 +310,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.join_statistics()
         if self._sample.rows is not None:
             self._sample.replace(self._sample.rows / scaling_factor)
 
@@ -314,7 +323,7 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         unwhitening_matrix: torch.Tensor,
     ) -> None:
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-        self.join_statistics()  # rows of other processes are 0, which the mean would move
+        self.join_statistics()
         if self._sample.rows is not None:
             rows = self._sample.rows.to(unwhitening_matrix)
             self._sample.replace(rows @ unwhitening_matrix + mean)

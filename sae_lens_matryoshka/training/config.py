@@ -46,11 +46,13 @@ class MatryoshkaTrainingSAEConfig(NestedOptions, SparsitySchedule, BatchTopKTrai
     SAE's threshold is calibrated either way."""
 
     selection: Selection = "auto"
-    """How the codes are found on a CPU; the set is the same. "product": from all pre-activations.
-    "screen": a product in bfloat16 rules out most scores, and only the rest are computed in float32
-    (the parameters' dtype; without autocast). "auto" takes the screen for 2^19 encoder weights or
-    more, where the processor multiplies at least twice as fast in bfloat16; that is measured, so
-    runs on processors near this limit may differ by rounding."""
+    """How the codes are found; the set is the same. "product": from all pre-activations. "screen":
+    a product in bfloat16 rules out most scores, and only the rest are computed in float32 (the
+    parameters' dtype; without autocast, on a CPU or in Triton). "auto" takes the screen where it is
+    faster. On a CPU: for 2^19 encoder weights or more, if the processor multiplies at least twice
+    as fast in bfloat16; that is measured, so runs on processors near this limit may differ by
+    rounding. On CUDA: for B * d_in * d_sae of 2^35 or more, from compute capability 8.0, unless
+    PyTorch is told to multiply in TF32."""
 
     baseline_explained_variance: float | None = None
     """Variance explained of a BatchTopK SAE of this width and k, above 0 and at most 1, if known:

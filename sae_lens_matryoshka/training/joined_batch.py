@@ -47,7 +47,7 @@ class JoinedBatch:
             return tensor[None]
         return gathered(tensor, self.group)
 
-    def _reduced(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    def _reduced(self, tensor: torch.Tensor, operation: "dist.ReduceOp.RedOpType") -> torch.Tensor:
         if self.group is not None:
             dist.all_reduce(tensor, operation, group=self.group)
         return tensor

@@ -168,8 +168,11 @@ class ActivationSample:
 
     @property
     def rows(self) -> torch.Tensor | None:
-        """(N, d_in); None before the first batch."""
-        return None if self._rows is None else self._rows[: self._n_filled]
+        """(N, d_in), those of this process before `join`; None before the first batch."""
+        if self._rows is None:
+            return None
+        rows = self._rows[: self._n_filled]
+        return rows if self._is_joined else rows[rows.ne(0).any(-1)]
 
     def add(self, batch: torch.Tensor, joined_batch: "JoinedBatch") -> None:
         """Take rows of a joined batch, of which this process has `batch` (B, d_in).

@@ -22,7 +22,13 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
-from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
+from sae_lens_matryoshka.kernels import (
+    cut_triton,
+    layout_triton,
+    screen_triton,
+    selection_triton,
+    sums_triton,
+)
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.training.prefixes import level_of_latent
 from sae_lens_matryoshka.training.widths import paper_widths
@@ -68,12 +74,16 @@ def launches(
 
     JITFunction.run = record  # type: ignore[method-assign]
     n, n_keep = (128, 1) if batch_size == 1 else (10 * batch_size, 10 * batch_size)
-    selection_triton._INT32_SCORES = 0 if batch_size == 1 else 2**31
+    cut_triton._INT32_SCORES = 0 if batch_size == 1 else 2**31
     widths = [d_sae] if batch_size == 1 else paper_widths(d_sae)
     x = torch.randn(batch_size, d_in, dtype=dtype)
     W_dec = torch.randn(d_sae, d_in, dtype=dtype)
+    biases, norms = W_dec[:, 0].clone(), W_dec.norm(dim=-1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        selection_triton.select(x, W_dec.T, W_dec[:, 0].clone(), W_dec.norm(dim=-1), n_keep, None)
+        # the kernels are not run, so neither screen settles anything
+        selection_triton.select(x, W_dec.T, biases, norms, n_keep, torch.nan, "screen")
+    if dtype == torch.float32 and not autocast:
+        screen_triton.select_screened(x, W_dec.T, biases, None, n_keep, 1.0)
     latents = torch.arange(n) % d_sae
     values = torch.rand(n, dtype=torch.float32 if autocast else dtype)
     codes = Codes(torch.arange(n) * batch_size // n, latents, values, values, 0.0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_matryoshka.kernels import selection_triton
+from sae_lens_matryoshka.kernels import cut_triton
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.selection_triton import select
 from tests.devices import DEVICE
@@ -50,9 +50,9 @@ def assert_same(actual: Codes, expected: Codes) -> None:
 
 @pytest.fixture(autouse=True)
 def _several_blocks_a_row_and_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection_triton, "_SCORES", 16)
-    monkeypatch.setattr(selection_triton, "_CANDIDATES", 8)
-    monkeypatch.setattr(selection_triton, "_n_programs", lambda device: 5)
+    monkeypatch.setattr(cut_triton, "_SCORES", 16)
+    monkeypatch.setattr(cut_triton, "_CANDIDATES", 8)
+    monkeypatch.setattr(cut_triton, "n_programs", lambda device: 5)
 
 
 def drawn(kind: str, **shape: int) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def test_nan_comes_before_every_score() -> None:
 def test_counts_of_64_bits_and_a_cut_on_the_host(
     last_cut: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection_triton, "_INT32_SCORES", 0)
+    monkeypatch.setattr(cut_triton, "_INT32_SCORES", 0)
     inputs = drawn("plain", seed=0, batch=5, d_in=6, d_sae=40)
     expected = by_sorting(**inputs, norms=None, n_keep=12)
     assert_same(select(**inputs, norms=None, n_keep=12, last_cut=last_cut), expected)

@@ -14,7 +14,7 @@ KERNELS = {
     "_dot",
     "_find_digit",
     "_histogram",
-    "_judge_floor",
+    "_judge_limit",
     "_mix",
     "_order",
     "_pick_codes",
@@ -25,10 +25,21 @@ KERNELS = {
     "_sum_by_latent",
     "_sum_chunk",
 }
+SCREEN = {"_bound", "_round_rows", "_score"}
 
 
 # what these read most of: rows of matrices
-STREAMING = {"_collect", "_count", "_dot", "_mix", "_residuals", "_sum_by_latent", "_sum_chunk"}
+STREAMING = {
+    "_collect",
+    "_count",
+    "_dot",
+    "_mix",
+    "_residuals",
+    "_round_rows",
+    "_score",
+    "_sum_by_latent",
+    "_sum_chunk",
+}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +64,9 @@ def test_compiles(
     )
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {record["kernel"] for record in records} == KERNELS
+    is_screened = dtype == "float32" and not autocast
+    kernels = KERNELS | SCREEN if is_screened else KERNELS
+    assert {record["kernel"] for record in records} == kernels
     for record in records:
         assert record["stack"] <= 8, "more than two registers are spilled to memory"
         assert record["registers"] * record["threads"] <= 2**14, (
@@ -63,8 +76,9 @@ def test_compiles(
     if d_in % 256 == 0:
         loads = {
             kernel: max(record["load"] for record in records if record["kernel"] == kernel)
-            for kernel in STREAMING
+            for kernel in STREAMING & kernels
         }
         assert set(loads.values()) == {128}, loads
-        (collect,) = (record for record in records if record["kernel"] == "_collect")
-        assert 7 * collect["registers"] * collect["threads"] <= 2**16, "see _n_programs"
+        for record in records:
+            if record["kernel"] == "_collect":
+                assert 7 * record["registers"] * record["threads"] <= 2**16, "see n_programs"

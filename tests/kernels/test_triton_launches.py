@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from sae_lens_matryoshka.kernels import layout_triton, selection_triton, sums_triton
+from sae_lens_matryoshka.kernels import (
+    cut_triton,
+    layout_triton,
+    screen_triton,
+    selection_triton,
+    sums_triton,
+)
+from sae_lens_matryoshka.kernels.selection import Selection
 from sae_lens_matryoshka.training.prefixes import level_of_latent
 from tests.devices import DEVICE
 
@@ -18,23 +25,33 @@ pytestmark = [
 ]
 
 BATCH, D_IN, D_SAE, WIDTHS, N_KEEP = 12, 24, 40, (6, 16, 40), 90
-CASES = [(None, True), (0.6, True), (50.0, True), (0.6, False)]  # last cut, are levels sorted?
+Case = tuple[float | None, bool, Selection]  # last cut, are levels sorted?, how to select
+CASES: list[Case] = [
+    (None, True, "product"),
+    (0.6, True, "product"),
+    (50.0, True, "product"),
+    (0.6, False, "product"),
+    (1.1, True, "screen"),
+]
 
 
 @pytest.fixture(autouse=True)
 def _several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, constants in {
-        selection_triton: {"_SCORES": 16, "_CANDIDATES": 16},
+        cut_triton: {"_SCORES": 16, "_CANDIDATES": 16},
+        screen_triton: {"_WIDTH": 16, "_ROWS": 4, "_BOUNDS": 16, "_DOTS": 4},
         layout_triton: {"_CODES": 8, "_CODES_OF_ROW": 4, "_RIVALS": 2, "_ROWS_PER_BIN": 5},
         sums_triton: {"_WIDTH": 16, "_CODES": 2, "_CHUNK": 4, "_LATENTS": 3, "_ROWS": 5},
     }.items():
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(selection_triton, "_n_programs", lambda device: 7)
+    for module in (cut_triton, screen_triton):
+        monkeypatch.setattr(module, "n_programs", lambda device: 7)
 
 
-def results(last_cut: float | None, is_sorted: bool) -> dict[str, torch.Tensor]:
+def results(case: Case) -> dict[str, torch.Tensor]:
     """What each operation of a step returns, without what padding leaves undefined."""
+    last_cut, is_sorted, selection = case
     torch.manual_seed(0)
     x, W_dec = torch.randn(BATCH, D_IN), torch.randn(D_SAE, D_IN) / D_IN**0.5
     b_enc, b_dec, grad_out = torch.randn(D_SAE) * 0.1, torch.randn(D_IN), torch.randn(BATCH, D_IN)
@@ -45,7 +62,9 @@ def results(last_cut: float | None, is_sorted: bool) -> dict[str, torch.Tensor]:
         levels = levels.flip(0)
     n_levels = len(WIDTHS)
 
-    codes = selection_triton.select(x, W_dec.T, b_enc, W_dec.norm(dim=1), N_KEEP, last_cut)
+    codes = selection_triton.select(
+        x, W_dec.T, b_enc, W_dec.norm(dim=1), N_KEEP, last_cut, selection
+    )
     codes, layout = layout_triton.lay_out(codes, BATCH, levels, n_levels, is_sorted)
     residuals, losses, sae_out = sums_triton.level_residuals(
         codes.pre_acts, W_dec, b_dec, x, layout, n_levels
@@ -83,13 +102,11 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize(("last_cut", "is_sorted"), CASES)
-def test_programs_may_run_in_any_order(
-    last_cut: float | None, is_sorted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_programs_may_run_in_any_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder
 
-    expected = expected_results(last_cut, is_sorted)
+    expected = expected_results(case)
     set_index, permutations = interpreter_builder.set_grid_idx, {}
 
     def shuffle(x: int, y: int, z: int) -> None:
@@ -99,7 +116,7 @@ def test_programs_may_run_in_any_order(
         set_index(permutations[n][x], y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffle)
-    assert_equal(results(last_cut, is_sorted), expected)
+    assert_equal(results(case), expected)
     assert len(permutations) > 5, "kernels are meant to run as several programs"
 
 
@@ -117,18 +134,19 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("last_cut", "is_sorted"), CASES)
-def test_what_memory_held_does_not_matter(
-    last_cut: float | None, is_sorted: bool, request: pytest.FixtureRequest
-) -> None:
-    expected = expected_results(last_cut, is_sorted)
+@pytest.mark.parametrize("case", CASES)
+def test_what_memory_held_does_not_matter(case: Case, request: pytest.FixtureRequest) -> None:
+    expected = expected_results(case)
     request.getfixturevalue("_poisoned_memory")
-    assert_equal(results(last_cut, is_sorted), expected)
+    assert_equal(results(case), expected)
 
 
+@pytest.mark.parametrize("selection", ["product", "screen"])
 @pytest.mark.parametrize("n_codes", [0, 1, 5])
 @pytest.mark.usefixtures("_poisoned_memory")
-def test_every_element_is_written_where_few_codes_are_valid(n_codes: int) -> None:
+def test_every_element_is_written_where_few_codes_are_valid(
+    n_codes: int, selection: Selection
+) -> None:
     x, W_enc = torch.zeros(3, D_IN), torch.zeros(D_IN, D_SAE)
     b_enc = torch.full((D_SAE,), -1.0)
     x[:2, 0], W_enc[0, :2] = 1.0, 2.0
@@ -138,7 +156,11 @@ def test_every_element_is_written_where_few_codes_are_valid(n_codes: int) -> Non
     if n_codes == 5:
         b_enc[5] = 1.0  # on all three rows
         W_enc[0, 1] = 0.0
-    codes = selection_triton.select(x, W_enc, b_enc, None, 20, 0.5)
+    if selection == "product":
+        codes = selection_triton.select(x, W_enc, b_enc, None, 20, 0.5, selection)
+    else:
+        codes = screen_triton.select_screened(x, W_enc, b_enc, None, 20, 0.0)
+        assert codes is not None
     assert codes.n_valid == n_codes
     levels = level_of_latent(WIDTHS, "cpu")
     codes, layout = layout_triton.lay_out(codes, 3, levels, len(WIDTHS), True)
@@ -156,7 +178,7 @@ def test_every_element_is_written_where_few_codes_are_valid(n_codes: int) -> Non
 
 
 def test_how_often_a_step_launches_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the floor was right or wrong: the host does not know."""
+    """Whether the floor was right or wrong: the host does not know, unless there is a screen."""
     from triton.runtime.interpreter import GridExecutor
 
     counts: list[Counter[str]] = []
@@ -167,14 +189,14 @@ def test_how_often_a_step_launches_each_kernel(monkeypatch: pytest.MonkeyPatch) 
         return launch(executor, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
-    for last_cut, is_sorted in CASES:
+    for case in CASES:
         counts.append(Counter())
-        results(last_cut, is_sorted)
+        results(case)
     assert counts[0] == counts[1] == counts[2]
     assert counts[3] - counts[0] == Counter({"_sort_rows": 1})
     assert counts[0] == {
         "_collect": 1,
-        "_judge_floor": 1,
+        "_judge_limit": 1,
         "_histogram": 6,
         "_find_digit": 6,
         "_order": 1,
@@ -189,3 +211,7 @@ def test_how_often_a_step_launches_each_kernel(monkeypatch: pytest.MonkeyPatch) 
         "_dot": 1,
         "_sum_by_latent": 2,
     }
+    assert counts[4] - counts[0] == Counter(
+        {"_round_rows": 2, "_bound": 1, "_score": 2, "_histogram": 3, "_find_digit": 3}
+    )
+    assert counts[0] - counts[4] == Counter({"_collect_again": 1, "_count": 1})

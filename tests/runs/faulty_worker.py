@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import LoggingConfig
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
@@ -65,9 +66,9 @@ class FaultyStore:
 
     def __next__(self) -> torch.Tensor:
         self._n += 1
-        if self._is_faulty and self._n == BROKEN_BATCH:
-            return self._fault(self._store)
-        return next(self._store)
+        # a signal lets the step of the batch that is drawn finish
+        n = BROKEN_BATCH - (self._fault is sigterm)
+        return self._fault(self._store) if self._is_faulty and self._n == n else next(self._store)
 
     def __iter__(self) -> "FaultyStore":
         return self
@@ -93,6 +94,7 @@ def run(
         "store_batch_size_prompts": n_prompts,
         "n_batches_in_buffer": n_prompts,
         "activations_mixing_fraction": 0,
+        "feature_sampling_window": BROKEN_BATCH - 1,
         **options,
     }
     cfg = runner_config(sae, folder, **settings)
@@ -119,6 +121,14 @@ def checkpoint_of(folder: Path) -> Path:
     return next((folder / "checkpoints").glob(f"*/{BATCH * (BROKEN_BATCH - 1)}"))
 
 
+def logged(folder: Path) -> dict[str, Any]:
+    """How a run ended that logs to W&B, evaluates and fetches batches ahead."""
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+    folder.mkdir(parents=True, exist_ok=True)
+    logger = LoggingConfig(wandb_log_frequency=4, eval_every_n_wandb_logs=2)
+    return run(folder, logger=logger, prefetch_llm_batches=True)
+
+
 def main(out: Path, faults: list[str]) -> None:
     ends = {}
     for fault in faults:
@@ -127,6 +137,8 @@ def main(out: Path, faults: list[str]) -> None:
         if name.startswith("resume"):
             checkpoint = checkpoint_of(out / name.removeprefix("resume "))
             ends[fault] = run(folder, resume_from_checkpoint=str(checkpoint))
+        elif name == "logged":
+            ends[fault] = logged(folder)
         else:
             timeout = 5 if name == "stuck" else 60
             ends[fault] = run(folder, name, int(rank or 1), timeout)

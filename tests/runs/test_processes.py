@@ -21,6 +21,7 @@ from sae_lens_matryoshka.runs.text_share import take_share
 from tests.runs import faulty_worker
 from tests.runs.variants import VARIANTS
 from tests.tiny import D_MODEL
+from tests.wandb_file import history
 
 
 def torchrun(n: int, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -102,7 +103,7 @@ def ends(folder: Path, killed: Any) -> dict[int, dict[str, Any]]:
     faults = ["other config", "nan", "end", "unreadable", "sigterm", "resume sigterm"]
     rows = torch.randn(1000, D_MODEL, generator=torch.Generator().manual_seed(0))
     np.save(folder / "rows.npy", rows.numpy())
-    return ends_on(folder, 2, *faults, "none", "resume killed", "arrays")[0]
+    return ends_on(folder, 2, *faults, "none", "resume killed", "arrays", "logged")[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -113,7 +114,7 @@ def test_a_killed_process_is_named_and_the_last_step_saved(
     assert ends.keys() == {0, 1, 2} - {rank}
     for end in ends.values():
         assert end[f"killed@{rank}"]["error"] == "ProcessFailed"
-        assert end[f"killed@{rank}"]["message"].startswith(f"rank {rank} ended, or did not answer")
+        assert end[f"killed@{rank}"]["message"] == f"rank {rank} ended, or did not answer"
     checkpoint = faulty_worker.checkpoint_of(folder / str(rank) / "killed")
     assert log.count(f"is saved in {checkpoint}") == 1
     state = torch.load(checkpoint / "trainer_state.pt")
@@ -180,9 +181,26 @@ def test_processes_share_the_rows_of_an_array(
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_first_process_logs_means_and_evaluates(
+    ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "error" not in ends[0]["logged"] | ends[1]["logged"]
+    rows = history(folder / "logged")
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")
+    assert "error" not in faulty_worker.logged(tmp_path / "one")
+    expected = history(tmp_path / "one")
+    losses = [[row.get("losses/overall_loss") for row in run] for run in (rows, expected)]
+    first = [[loss for loss in run if loss is not None][:2] for run in losses]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)  # evaluations draw texts after the second
+    assert [row["metrics/l0"] for row in rows if "metrics/l0" in row] == pytest.approx([4.0] * 3)
+    evaluated = [row for row in rows if "model_performance_preservation/ce_loss_score" in row]
+    assert [row["details/n_training_samples"] for row in evaluated] == [768]
+
+
 def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     ends, _ = ends_on(tmp_path, 2, "stuck")
-    assert ends[0]["stuck"]["message"] == "rank 1 ended, or did not answer within 5 s"
+    assert ends[0]["stuck"]["message"] == "rank 1 ended, or did not answer"
     assert ends[1]["stuck"]["message"] == "the others gave up waiting for this one"
     state = torch.load(faulty_worker.checkpoint_of(tmp_path / "stuck") / "trainer_state.pt")
     assert state["n_training_steps"] == 5

@@ -1,5 +1,6 @@
 """Training steps that Triton kernels compute, against SAELens' and against the reference."""
 
+import dataclasses
 import math
 import sys
 import warnings
@@ -81,6 +82,41 @@ def test_variants_equal_the_reference(
         assert_same_outcome(results[1], results[0], 1e-5)
         if "firing_rates" in saes[0].state_dict():
             torch.testing.assert_close(saes[1].firing_rates, saes[0].firing_rates)
+
+
+@pytest.mark.parametrize("rescale_acts_by_decoder_norm", [False, True])
+def test_the_screen_changes_nothing_but_rounding(
+    rescale_acts_by_decoder_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screened = []  # what each screen returned
+    screen = selection_triton.select_screened
+    monkeypatch.setattr(
+        selection_triton,
+        "select_screened",
+        lambda *args: screened.append(screen(*args)) or screened[-1],
+    )
+    torch.manual_seed(0)
+    options = {
+        "d_in": 24,
+        "d_sae": 96,
+        "matryoshka_widths": [8, 24, 96],
+        "k": 3,
+        "rescale_acts_by_decoder_norm": rescale_acts_by_decoder_norm,
+    }
+    peer, ours = twins("triton", **options, device=DEVICE)
+    ours.cfg.selection = "screen"
+    product = MatryoshkaTrainingSAE(dataclasses.replace(ours.cfg, selection="product"))
+    product.load_state_dict(ours.state_dict())
+    for step in range(3):
+        x = torch.randn(12, 24, device=DEVICE)
+        dead = torch.arange(96, device=DEVICE) % 7 == 0
+        expected, by_product, by_screen = (
+            outcome(sae, run_step(sae, x, dead, step)) for sae in (peer, product, ours)
+        )
+        for other in (expected, by_product):
+            assert torch.equal(by_screen["feature_acts"] > 0, other["feature_acts"] > 0)
+            assert_same_outcome(by_screen, other, 1e-5)
+    assert sum(codes is not None for codes in screened) == 2, "no cut is known in the first step"
 
 
 def test_padding_changes_nothing() -> None:
@@ -271,6 +307,19 @@ WAITING_OPERATIONS = {
 }
 
 
+@pytest.fixture
+def _kernels_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def unseen(executor: Any, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, PyTorch itself tells what waits")
 @pytest.mark.parametrize(
     "options",
@@ -283,18 +332,10 @@ WAITING_OPERATIONS = {
     ],
 )
 @pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.usefixtures("_kernels_unseen")
 def test_a_step_asks_the_device_whether_the_loss_is_finite_and_nothing_else(
-    options: dict[str, Any], with_dead: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], with_dead: bool
 ) -> None:
-    from triton.runtime.interpreter import GridExecutor
-
-    launch = GridExecutor.__call__
-
-    def unseen(executor: Any, *args: Any, **kwargs: Any) -> None:
-        with _disable_current_modes():
-            launch(executor, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", unseen)
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=8, d_sae=32, k=3, implementation="triton", device=DEVICE, **options
     )
@@ -305,6 +346,24 @@ def test_a_step_asks_the_device_whether_the_loss_is_finite_and_nothing_else(
             run_step(sae, torch.randn(6, 8), dead, step).loss.backward()
         # on CUDA the dead latents are counted while the device computes; see `TrueIndices`
         assert asked.counts == {"_local_scalar_dense": 1, **({"nonzero": 1} if with_dead else {})}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, PyTorch itself tells what waits")
+@pytest.mark.usefixtures("_kernels_unseen")
+def test_a_screened_step_also_asks_whether_its_codes_are_settled() -> None:
+    torch.manual_seed(0)
+    cfg = MatryoshkaTrainingSAEConfig(
+        d_in=8, d_sae=64, k=3, implementation="triton", device=DEVICE, selection="screen"
+    )
+    sae = MatryoshkaTrainingSAE(cfg)
+    n_asked = []
+    # without a cut; settled by the first screen, by the second, and by the product
+    for scale in (1.0, 1.0, 0.78, 0.3):
+        with AskedOfTheDevice() as asked:
+            run_step(sae, torch.randn(64, 8) * scale, None).loss.backward()
+        assert asked.counts.keys() == {"_local_scalar_dense"}
+        n_asked.append(asked.counts["_local_scalar_dense"])
+    assert n_asked == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
