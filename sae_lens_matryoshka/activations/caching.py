@@ -81,8 +81,9 @@ class Cache:
         check_writable("out", self.folder)
         if (self.folder / INDEX_FILENAME).is_file():
             written = Index.read(self.folder)
-            _check_same(self.folder, written, self.index)
-            self.index = written
+            if written.shards:
+                _check_same(self.folder, written, self.index)
+                self.index = written
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds something else: give a new or an empty folder.")
 
@@ -123,6 +124,7 @@ class Cache:
             raise invalid_option("hook_name", cfg.hook_name, f"a hook of {cfg.model_name}")
         store = ActivationsStore.from_config(model, cfg, override_dataset=override_dataset)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.index.write(self.folder)  # a folder without it is refused, also after a first kill
         _skip(store, self.index.n_batches)
         n_before = self.index.n_rows
         options: dict[str, Any] = {"unit": " tokens", "unit_scale": True}
@@ -140,7 +142,7 @@ class Cache:
                     bar.update(min(len(rows), cfg.training_tokens - bar.n))
                     if n_read >= n_missing:
                         break
-                if n_read:
+                if batches:
                     self._write_shard(batches, min(n_read, n_missing))
                 if not self.is_complete and len(batches) < self._batches_per_shard:
                     return False
@@ -156,8 +158,8 @@ class Cache:
         if largest > most:
             raise ValueError(
                 f"dtype={self.index.dtype!r} is not accepted: the activations reach {largest:,.0f} "
-                f"in {place}, and {self.index.dtype} holds at most {most:,.0f}. Give bfloat16, in "
-                "a new folder."
+                f"in {place}, and {self.index.dtype} holds at most {most:,.0f}. Give bfloat16"
+                f"{', in a new folder' if self.index.shards else ''}."
             )
 
     def _write_shard(self, batches: list[dict[str, torch.Tensor]], n_rows: int) -> None:

@@ -150,11 +150,11 @@ from tests.activations.test_caching import cache, write
 from sae_lens_matryoshka.activations import index
 
 def dies(function, before=lambda *args: None):
-    "The function, whose third call kills the process."
+    "The function, whose n-th call kills the process."
     calls = []
     def call(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == int(sys.argv[3]):
             before(*args)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args)
@@ -170,15 +170,28 @@ write(cache(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("place", ["in a shard", "before the index", "before a shard"])
-def test_killed_process_loses_nothing_whole(tmp_path: Path, whole: Path, place: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), place]
+@pytest.mark.parametrize(
+    ("place", "n", "n_whole"),
+    [
+        ("in a shard", 1, 0),
+        ("in a shard", 3, 2),
+        ("before the index", 1 + 1, 0),  # the first one is written before the first shard
+        ("before the index", 1 + 3, 2),
+        ("before a shard", 3, 2),
+    ],
+)
+def test_killed_process_loses_nothing_whole(
+    tmp_path: Path, whole: Path, place: str, n: int, n_whole: int
+) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), place, str(n)]
     env = os.environ | HERE
     assert subprocess.run(command, env=env, check=False).returncode == -signal.SIGKILL
     acts = tmp_path / "acts"
-    assert len(Index.read(acts).shards) == 2
-    assert (acts / ".00002.unfinished.safetensors").is_file() == (place == "in a shard")
-    assert open_activations(acts).n_rows == 1280, "what is whole can be trained on"
+    assert len(Index.read(acts).shards) == n_whole
+    unfinished = acts / f".{n_whole:05}.unfinished.safetensors"
+    assert unfinished.is_file() == (place == "in a shard")
+    if n_whole:
+        assert open_activations(acts).n_rows == 640 * n_whole, "what is whole can be trained on"
     assert write(cache(tmp_path)) is True
     assert files(acts) == files(whole)
 
@@ -347,11 +360,11 @@ def test_numbers_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cache(tmp_path, dtype).write(scaled(factor), DATA)
-    assert list((tmp_path / "acts").iterdir()) == []
-    if factor < float("inf"):
-        for dtype in ("bfloat16", "int8"):
-            new = Cache(config(tmp_path), tmp_path / dtype, dtype)
-            assert new.write(scaled(factor), DATA) is True
+    assert list(files(tmp_path / "acts")) == ["activations.json"]
+    if factor < float("inf"):  # a folder that holds no shard takes another dtype
+        assert cache(tmp_path, "bfloat16").write(scaled(factor), DATA) is True
+        new = Cache(config(tmp_path), tmp_path / "int8", "int8")
+        assert new.write(scaled(factor), DATA) is True
 
 
 def test_unknown_hook_is_named(tmp_path: Path) -> None:
