@@ -72,7 +72,7 @@ def acts(whole: Path, tmp_path: Path) -> Path:
 def test_shards_hold_the_models_activations_mixed(whole: Path) -> None:
     index = Index.read(whole)
     assert [shard.n_rows for shard in index.shards] == [640, 640, 640, 80]
-    assert index.n_batches == 32
+    assert [shard.n_batches for shard in index.shards] == [10, 10, 10, 2]
     expected = model_rows(32)[:N_ROWS]
     for i, shard in enumerate(index.shards):
         rows = load_file(whole / shard.name)["activations"]
@@ -114,7 +114,8 @@ def test_special_tokens_and_positions_are_left_out(tmp_path: Path) -> None:
     write(cache(tmp_path, **options))
     rows = torch.cat(list(open_activations(tmp_path / "acts").chunks(4)))
     index = Index.read(tmp_path / "acts")
-    expected = model_rows(index.n_batches, **options)[:N_ROWS]
+    n_batches = sum(shard.n_batches for shard in index.shards)
+    expected = model_rows(n_batches, **options)[:N_ROWS]
     torch.testing.assert_close(sort(rows), sort(expected), rtol=0, atol=0)
 
 
@@ -138,9 +139,14 @@ def test_end_of_the_texts(tmp_path: Path) -> None:
     for _ in range(2):
         assert write(cache(tmp_path, rows=2000, **options)) is False
         index = Index.read(tmp_path / "acts")
-        assert (index.n_rows, index.n_batches) == (600 * N_CTX, 75)
+        assert index.n_rows == 600 * N_CTX
+        assert sum(shard.n_batches for shard in index.shards) == 75
     with pytest.raises(ValueError, match="the data set ends before the 75 batches of prompts"):
         cache(tmp_path, rows=2000, **options).write(MODEL, token_dataset(30))
+    (tmp_path / "acts" / "00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="the data set ends before the 75 batches of prompts"):
+        cache(tmp_path, rows=2000, **options).write(MODEL, token_dataset(30))
+    assert len(Index.read(tmp_path / "acts").shards) == 5
 
 
 KILLED = """
@@ -162,10 +168,8 @@ def dies(function, before=lambda *args: None):
 write_bytes = Path.write_bytes
 if sys.argv[2] == "in a shard":
     Path.write_bytes = dies(write_bytes, lambda path, data: write_bytes(path, data[:1000]))
-elif sys.argv[2] == "before the index":
-    index.Index.write = dies(index.Index.write)
 else:
-    index.block_checksums = dies(index.block_checksums)
+    index.Index.write = dies(index.Index.write)
 write(cache(Path(sys.argv[1])))
 """
 
@@ -175,9 +179,7 @@ write(cache(Path(sys.argv[1])))
     [
         ("in a shard", 1, 0),
         ("in a shard", 3, 2),
-        ("before the index", 1 + 1, 0),  # the first one is written before the first shard
-        ("before the index", 1 + 3, 2),
-        ("before a shard", 3, 2),
+        ("before the index", 1 + 3, 2),  # the first one is written before the first shard
     ],
 )
 def test_killed_process_loses_nothing_whole(
@@ -200,7 +202,7 @@ def test_resuming_runs_the_model_on_new_texts_only(
     tmp_path: Path, acts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = Index.read(acts)
-    index.shards, index.n_batches = index.shards[:2], 20
+    index.shards = index.shards[:2]
     index.write(acts)
     n_runs = 0
     get_activations = ActivationsStore.get_activations
@@ -289,6 +291,28 @@ def test_broken_shards_are_named(acts: Path, damage: Any) -> None:
         list(open_activations(acts).chunks(1))
 
 
+@pytest.mark.parametrize("names", [["00001"], ["00000", "00002", "00003"]])
+@pytest.mark.parametrize("training_tokens", [N_ROWS, 2640])
+def test_shards_that_are_not_whole_are_written_anew(
+    tmp_path: Path, acts: Path, whole: Path, names: list[str], training_tokens: int
+) -> None:
+    for name in names:
+        path = acts / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+    (acts / f"{names[-1]}.safetensors").unlink()
+    kept = {name: data for name, data in files(acts).items() if name[:5] not in names}
+    again = cache(tmp_path, training_tokens=training_tokens)
+    assert not again.is_complete
+    assert write(again) is True
+    after, shards = files(acts), files(whole)
+    shards.pop("activations.json")
+    assert {name: after[name] for name in shards} == shards
+    assert kept.keys() <= after.keys()
+    assert open_activations(acts).n_rows == training_tokens
+    if training_tokens == N_ROWS:
+        assert after == files(whole)
+
+
 def test_checksums_cover_blocks(whole: Path) -> None:
     tensors = load_file(whole / "00000.safetensors")
     assert tensors["checksums"].shape == (-(-640 // BLOCK_ROWS),)
@@ -350,9 +374,13 @@ def scaled(factor: float) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "factor", "message"),
     [
-        ("float16", 1e7, r"the activations reach \d.* in batch 0 of the data set, and float16 "),
-        ("float16", float("nan"), "the activations in batch 0 of the data set are not finite"),
-        ("float32", float("inf"), "the activations in batch 0 of the data set are not finite"),
+        (
+            "float16",
+            1e7,
+            r"the activations reach \d.*, and float16 holds at most 65,504. Give bfloat16\.",
+        ),
+        ("float16", float("nan"), "the model's activations are not finite"),
+        ("float32", float("inf"), "the model's activations are not finite"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(
