@@ -45,7 +45,7 @@ def write(folder: Path) -> dict[str, Iterator[torch.Tensor]]:
         rows = torch.randn(N_ROWS, D_IN, generator=generator)
         np.save(folder / "npy" / f"{i}.npy", rows.half().numpy())
         for dtype, index in indices.items():
-            indices[dtype] = write_shard(folder / dtype, index, stored(rows, dtype), 1)
+            indices[dtype] = write_shard(folder / dtype, index, i, stored(rows, dtype), 1)
     return {
         "plain read, float16": plain(folder / "npy"),
         "float16 in .npy": ActivationBatches(folder / "npy", BATCH),

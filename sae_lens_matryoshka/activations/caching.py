@@ -23,6 +23,7 @@ from sae_lens_matryoshka.activations.index import (
     INDEX_FILENAME,
     METADATA_FIELDS,
     Index,
+    ShardEntry,
     write_shard,
 )
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
@@ -81,15 +82,24 @@ class Cache:
         check_writable("out", self.folder)
         if (self.folder / INDEX_FILENAME).is_file():
             written = Index.read(self.folder)
-            _check_same(self.folder, written, self.index)
-            self.index = written
+            if written.shards:
+                _check_same(self.folder, written, self.index)
+                self.index = written
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds something else: give a new or an empty folder.")
 
     @property
     def is_complete(self) -> bool:
-        """Whether all rows are written."""
-        return self.index.n_rows >= self.cfg.training_tokens
+        """Whether all rows are written, and no shard is missing or truncated."""
+        enough = self.index.n_rows >= self.cfg.training_tokens
+        return enough and all(self._is_whole(shard) for shard in self.index.shards)
+
+    def _is_whole(self, shard: ShardEntry) -> bool:
+        try:
+            shard.check_size(self.folder)
+        except ValueError:
+            return False
+        return True
 
     @torch.no_grad()
     def write(self, override_model: Any = None, override_dataset: HfDataset | None = None) -> bool:
@@ -123,49 +133,76 @@ class Cache:
             raise invalid_option("hook_name", cfg.hook_name, f"a hook of {cfg.model_name}")
         store = ActivationsStore.from_config(model, cfg, override_dataset=override_dataset)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _skip(store, self.index.n_batches)
-        n_before = self.index.n_rows
+        self.index.write(self.folder)  # a folder without it is refused, also after a first kill
+        n_whole = sum(shard.n_rows for shard in self.index.shards if self._is_whole(shard))
         options: dict[str, Any] = {"unit": " tokens", "unit_scale": True}
         with tqdm(
-            desc="Caching activations", total=cfg.training_tokens, initial=n_before, **options
+            desc="Caching activations", total=cfg.training_tokens, initial=n_whole, **options
         ) as bar:
-            while not self.is_complete:
-                n_missing = cfg.training_tokens - self.index.n_rows
-                batches: list[dict[str, torch.Tensor]] = []
-                n_read = 0
-                for rows in _batches(store, self._batches_per_shard):
-                    self._check_batch(rows, len(batches))
-                    batches.append(stored(rows.cpu(), self.index.dtype))
-                    n_read += len(rows)
-                    bar.update(min(len(rows), cfg.training_tokens - bar.n))
-                    if n_read >= n_missing:
-                        break
-                if n_read:
-                    self._write_shard(batches, min(n_read, n_missing))
-                if not self.is_complete and len(batches) < self._batches_per_shard:
-                    return False
-        return True
+            return self._write(store, bar)
 
-    def _check_batch(self, rows: Float[torch.Tensor, "rows d_in"], n: int) -> None:
+    def _write(self, store: ActivationsStore, bar: Any) -> bool:
+        """Write every shard that is not whole, and then new ones."""
+        n_skipped = i = 0
+        while True:
+            if i < len(self.index.shards):
+                shard = self.index.shards[i]
+                n_batches, n_rows = shard.n_batches, shard.n_rows
+            else:
+                shard, n_batches = None, self._batches_per_shard
+                n_rows = self.cfg.training_tokens - self.index.n_rows
+                if n_rows <= 0:
+                    return True
+            if shard is not None and self._is_whole(shard):
+                n_skipped += n_batches
+            else:
+                _skip(store, n_skipped, self.index)
+                n_skipped = 0
+                batches = self._read(store, n_batches, n_rows, bar)
+                if shard is not None and len(batches) < n_batches:
+                    raise _other_data(self.index)
+                if batches:
+                    self._write_shard(i, batches, n_rows)
+                if len(batches) < n_batches:
+                    return self.is_complete
+            i += 1
+
+    def _read(
+        self, store: ActivationsStore, n_batches: int, n_rows: int, bar: Any
+    ) -> list[dict[str, torch.Tensor]]:
+        """The next batches of prompts, no more than hold so many rows."""
+        batches: list[dict[str, torch.Tensor]] = []
+        n_read = 0
+        for rows in _batches(store, n_batches):
+            self._check_batch(rows)
+            batches.append(stored(rows.cpu(), self.index.dtype))
+            bar.update(min(len(rows), n_rows - n_read))
+            n_read += len(rows)
+            if n_read >= n_rows:
+                break
+        return batches
+
+    def _check_batch(self, rows: Float[torch.Tensor, "rows d_in"]) -> None:
         dtype = torch.float32 if self.index.dtype == "int8" else getattr(torch, self.index.dtype)
         largest = rows.abs().max().item() if len(rows) else 0.0
-        place = f"batch {self.index.n_batches + n} of the data set"
         if not largest < float("inf"):
-            raise ValueError(f"the activations in {place} are not finite.")
+            raise ValueError("the model's activations are not finite.")
         most = torch.finfo(dtype).max
         if largest > most:
+            place = ", in a new folder" if self.index.shards else ""
             raise ValueError(
-                f"dtype={self.index.dtype!r} is not accepted: the activations reach {largest:,.0f} "
-                f"in {place}, and {self.index.dtype} holds at most {most:,.0f}. Give bfloat16, in "
-                "a new folder."
+                f"dtype={self.index.dtype!r} is not accepted: the activations reach "
+                f"{largest:,.0f}, and {self.index.dtype} holds at most {most:,.0f}. Give "
+                f"bfloat16{place}."
             )
 
-    def _write_shard(self, batches: list[dict[str, torch.Tensor]], n_rows: int) -> None:
-        """Write the first rows of these batches, mixed."""
-        generator = torch.Generator().manual_seed(self.cfg.seed + len(self.index.shards))
-        order = torch.randperm(n_rows, generator=generator)
-        tensors = {name: torch.cat([b[name] for b in batches])[order] for name in batches[0]}
-        self.index = write_shard(self.folder, self.index, tensors, len(batches))
+    def _write_shard(self, i: int, batches: list[dict[str, torch.Tensor]], n_rows: int) -> None:
+        """Write at most so many rows of these batches, the first ones, mixed."""
+        tensors = {name: torch.cat([b[name] for b in batches])[:n_rows] for name in batches[0]}
+        generator = torch.Generator().manual_seed(self.cfg.seed + i)
+        order = torch.randperm(len(tensors["activations"]), generator=generator)
+        tensors = {name: tensor[order] for name, tensor in tensors.items()}
+        self.index = write_shard(self.folder, self.index, i, tensors, len(batches))
 
 
 def _of_config(cfg: LanguageModelSAERunnerConfig[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -189,17 +226,22 @@ def _check_same(folder: Path, written: Index, wanted: Index) -> None:
             )
 
 
-def _skip(store: ActivationsStore, n_batches: int) -> None:
+def _skip(store: ActivationsStore, n_batches: int, index: Index) -> None:
     """Read the texts of so many batches, without running the model."""
     hidden = n_batches == 0
     try:
         for _ in tqdm(range(n_batches), desc="Skipping cached texts", leave=False, disable=hidden):
             store.get_batch_tokens(raise_at_epoch_end=True, move_to_model_device=False)
     except StopIteration:
-        raise ValueError(
-            f"the data set ends before the {n_batches:,} batches of prompts that are cached: it is "
-            "not the one that the cache was written from."
-        ) from None
+        raise _other_data(index) from None
+
+
+def _other_data(index: Index) -> ValueError:
+    n_batches = sum(shard.n_batches for shard in index.shards)
+    return ValueError(
+        f"the data set ends before the {n_batches:,} batches of prompts that are cached: it is not "
+        "the one that the cache was written from."
+    )
 
 
 def _batches(store: ActivationsStore, n: int) -> Iterator[Float[torch.Tensor, "rows d_in"]]:

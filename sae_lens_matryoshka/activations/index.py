@@ -36,6 +36,9 @@ METADATA_FIELDS = (
     "disable_concat_sequences",
 )
 _FORMAT_VERSION = 1
+REMEDY = (
+    "Restore the file, or delete it and run the same `cache` again, which writes this one anew."
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,26 @@ class ShardEntry:
     Attributes:
         name: File name in the folder.
         n_rows: Number of rows.
+        n_batches: Whole batches of prompts that these come from.
         n_bytes: Size of the file.
         checksum: `shard_checksum` of its `checksums`.
     """
 
     name: str
     n_rows: int
+    n_batches: int
     n_bytes: int
     checksum: str
+
+    def check_size(self, folder: Path) -> None:
+        """Check that the file in a folder has its size; ValueError says what to do otherwise."""
+        path = folder / self.name
+        n_bytes = path.stat().st_size if path.is_file() else 0
+        if n_bytes != self.n_bytes:
+            raise ValueError(
+                f"{path} holds {n_bytes:,} bytes of the {self.n_bytes:,} that were written. "
+                f"{REMEDY}"
+            )
 
 
 @dataclass
@@ -64,7 +79,6 @@ class Index:
         dtype: "float32", "float16", "bfloat16" or "int8".
         metadata: `METADATA_FIELDS` of the run that they come from.
         settings: Other settings that the rows depend on.
-        n_batches: Batches of prompts that the shards hold, whole ones, from the data set's start.
         shards: In their order.
     """
 
@@ -72,7 +86,6 @@ class Index:
     dtype: str
     metadata: dict[str, Any]
     settings: dict[str, Any]
-    n_batches: int = 0
     shards: list[ShardEntry] = field(default_factory=list)
 
     @property
@@ -105,15 +118,16 @@ class Index:
 
 
 def write_shard(
-    folder: Path, index: Index, tensors: Mapping[str, torch.Tensor], n_batches: int
+    folder: Path, index: Index, i: int, tensors: Mapping[str, torch.Tensor], n_batches: int
 ) -> Index:
-    """Write one more shard, and then the index.
+    """Write a shard, and then the index.
 
     Args:
         folder: Where to.
         index: What it holds before.
+        i: Place of the shard, one of those in `index` or the next one.
         tensors: The rows of the shard, as `activations`, and as `scales` if they are int8.
-        n_batches: Batches of prompts in the shard.
+        n_batches: Batches of prompts that the rows come from.
 
     Returns:
         What the folder holds now.
@@ -124,18 +138,18 @@ def write_shard(
     checksums = block_checksums(*tensors.values())
     # not `save_file`, whose error for a full disk is no OSError
     data = save({**tensors, "checksums": checksums})
-    path = folder / f"{len(index.shards):05}.safetensors"
+    path = folder / f"{i:05}.safetensors"
     n_rows = len(tensors["activations"])
-    shard = ShardEntry(path.name, n_rows, len(data), shard_checksum(checksums))
-    index = replace(index, n_batches=index.n_batches + n_batches, shards=[*index.shards, shard])
+    shard = ShardEntry(path.name, n_rows, n_batches, len(data), shard_checksum(checksums))
+    index = replace(index, shards=[*index.shards[:i], shard, *index.shards[i + 1 :]])
     try:
         with atomic_file(path) as unfinished:
             unfinished.write_bytes(data)
         index.write(folder)
     except OSError as error:
         raise OSError(
-            f"{path} can't be written: {error}. The {len(index.shards) - 1} shards before it are "
-            "whole; the same command resumes after them."
+            f"{path} can't be written: {error}. The {i} shards before it are whole; the same "
+            "command resumes after them."
         ) from error
     return index
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from sae_lens_matryoshka.activations.index import (
     BLOCK_ROWS,
     INDEX_FILENAME,
+    REMEDY,
     Index,
     ShardEntry,
     block_checksum,
@@ -220,7 +221,7 @@ class _MappedRows:
         ):
             raise ValueError(
                 f"{self.name}, rows {start} to {stop - 1}: not what was written, their checksum "
-                "differs. Restore the file, or delete it and cache again."
+                f"differs. {REMEDY}"
             )
         values, *scales = stored
         return values.float() * scales[0].float()[:, None] if scales else values
@@ -281,21 +282,14 @@ def _open_cached(path: Path) -> Activations:
     index = Index.read(path)
     dtype = getattr(torch, index.dtype)
     for shard in index.shards:
-        file = path / shard.name
-        n_bytes = file.stat().st_size if file.is_file() else 0
-        if n_bytes != shard.n_bytes:
-            raise ValueError(
-                f"{file} holds {n_bytes:,} bytes of the {shard.n_bytes:,} that were written. "
-                "Restore the file, or delete the folder and cache again."
-            )
+        shard.check_size(path)
 
     def open_checked(shard: ShardEntry) -> Rows:
         rows = _map_file(path / shard.name)
         checksums = rows.checksums
         if checksums is None or shard_checksum(checksums) != shard.checksum:
             raise ValueError(
-                f"{rows.name} is not the shard that was written, its checksum differs. Restore the "
-                "file, or delete the folder and cache again."
+                f"{rows.name} is not the shard that was written, its checksum differs. {REMEDY}"
             )
         return rows
 

@@ -97,7 +97,8 @@ def _describe(activations: Activations, cfg: LanguageModelSAERunnerConfig[Any]) 
     n_epochs = cfg.training_tokens / activations.n_rows
     return (
         f"{activations.name}: {activations.n_rows:,} rows of width {activations.d_in} in "
-        f"{len(activations.shards):,} shards, {str(activations.dtype).removeprefix('torch.')}; "
+        f"{len(activations.shards):,} {'shard' if len(activations.shards) == 1 else 'shards'}, "
+        f"{str(activations.dtype).removeprefix('torch.')}; "
         f"{n_epochs:.2f} epochs"
     )
 

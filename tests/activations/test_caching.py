@@ -72,7 +72,7 @@ def acts(whole: Path, tmp_path: Path) -> Path:
 def test_shards_hold_the_models_activations_mixed(whole: Path) -> None:
     index = Index.read(whole)
     assert [shard.n_rows for shard in index.shards] == [640, 640, 640, 80]
-    assert index.n_batches == 32
+    assert [shard.n_batches for shard in index.shards] == [10, 10, 10, 2]
     expected = model_rows(32)[:N_ROWS]
     for i, shard in enumerate(index.shards):
         rows = load_file(whole / shard.name)["activations"]
@@ -114,7 +114,8 @@ def test_special_tokens_and_positions_are_left_out(tmp_path: Path) -> None:
     write(cache(tmp_path, **options))
     rows = torch.cat(list(open_activations(tmp_path / "acts").chunks(4)))
     index = Index.read(tmp_path / "acts")
-    expected = model_rows(index.n_batches, **options)[:N_ROWS]
+    n_batches = sum(shard.n_batches for shard in index.shards)
+    expected = model_rows(n_batches, **options)[:N_ROWS]
     torch.testing.assert_close(sort(rows), sort(expected), rtol=0, atol=0)
 
 
@@ -138,9 +139,14 @@ def test_end_of_the_texts(tmp_path: Path) -> None:
     for _ in range(2):
         assert write(cache(tmp_path, rows=2000, **options)) is False
         index = Index.read(tmp_path / "acts")
-        assert (index.n_rows, index.n_batches) == (600 * N_CTX, 75)
+        assert index.n_rows == 600 * N_CTX
+        assert sum(shard.n_batches for shard in index.shards) == 75
     with pytest.raises(ValueError, match="the data set ends before the 75 batches of prompts"):
         cache(tmp_path, rows=2000, **options).write(MODEL, token_dataset(30))
+    (tmp_path / "acts" / "00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="the data set ends before the 75 batches of prompts"):
+        cache(tmp_path, rows=2000, **options).write(MODEL, token_dataset(30))
+    assert len(Index.read(tmp_path / "acts").shards) == 5
 
 
 KILLED = """
@@ -150,11 +156,11 @@ from tests.activations.test_caching import cache, write
 from sae_lens_matryoshka.activations import index
 
 def dies(function, before=lambda *args: None):
-    "The function, whose third call kills the process."
+    "The function, whose n-th call kills the process."
     calls = []
     def call(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == int(sys.argv[3]):
             before(*args)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args)
@@ -162,23 +168,32 @@ def dies(function, before=lambda *args: None):
 write_bytes = Path.write_bytes
 if sys.argv[2] == "in a shard":
     Path.write_bytes = dies(write_bytes, lambda path, data: write_bytes(path, data[:1000]))
-elif sys.argv[2] == "before the index":
-    index.Index.write = dies(index.Index.write)
 else:
-    index.block_checksums = dies(index.block_checksums)
+    index.Index.write = dies(index.Index.write)
 write(cache(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("place", ["in a shard", "before the index", "before a shard"])
-def test_killed_process_loses_nothing_whole(tmp_path: Path, whole: Path, place: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), place]
+@pytest.mark.parametrize(
+    ("place", "n", "n_whole"),
+    [
+        ("in a shard", 1, 0),
+        ("in a shard", 3, 2),
+        ("before the index", 1 + 3, 2),  # the first one is written before the first shard
+    ],
+)
+def test_killed_process_loses_nothing_whole(
+    tmp_path: Path, whole: Path, place: str, n: int, n_whole: int
+) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), place, str(n)]
     env = os.environ | HERE
     assert subprocess.run(command, env=env, check=False).returncode == -signal.SIGKILL
     acts = tmp_path / "acts"
-    assert len(Index.read(acts).shards) == 2
-    assert (acts / ".00002.unfinished.safetensors").is_file() == (place == "in a shard")
-    assert open_activations(acts).n_rows == 1280, "what is whole can be trained on"
+    assert len(Index.read(acts).shards) == n_whole
+    unfinished = acts / f".{n_whole:05}.unfinished.safetensors"
+    assert unfinished.is_file() == (place == "in a shard")
+    if n_whole:
+        assert open_activations(acts).n_rows == 640 * n_whole, "what is whole can be trained on"
     assert write(cache(tmp_path)) is True
     assert files(acts) == files(whole)
 
@@ -187,7 +202,7 @@ def test_resuming_runs_the_model_on_new_texts_only(
     tmp_path: Path, acts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = Index.read(acts)
-    index.shards, index.n_batches = index.shards[:2], 20
+    index.shards = index.shards[:2]
     index.write(acts)
     n_runs = 0
     get_activations = ActivationsStore.get_activations
@@ -276,6 +291,28 @@ def test_broken_shards_are_named(acts: Path, damage: Any) -> None:
         list(open_activations(acts).chunks(1))
 
 
+@pytest.mark.parametrize("names", [["00001"], ["00000", "00002", "00003"]])
+@pytest.mark.parametrize("training_tokens", [N_ROWS, 2640])
+def test_shards_that_are_not_whole_are_written_anew(
+    tmp_path: Path, acts: Path, whole: Path, names: list[str], training_tokens: int
+) -> None:
+    for name in names:
+        path = acts / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+    (acts / f"{names[-1]}.safetensors").unlink()
+    kept = {name: data for name, data in files(acts).items() if name[:5] not in names}
+    again = cache(tmp_path, training_tokens=training_tokens)
+    assert not again.is_complete
+    assert write(again) is True
+    after, shards = files(acts), files(whole)
+    shards.pop("activations.json")
+    assert {name: after[name] for name in shards} == shards
+    assert kept.keys() <= after.keys()
+    assert open_activations(acts).n_rows == training_tokens
+    if training_tokens == N_ROWS:
+        assert after == files(whole)
+
+
 def test_checksums_cover_blocks(whole: Path) -> None:
     tensors = load_file(whole / "00000.safetensors")
     assert tensors["checksums"].shape == (-(-640 // BLOCK_ROWS),)
@@ -337,9 +374,13 @@ def scaled(factor: float) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "factor", "message"),
     [
-        ("float16", 1e7, r"the activations reach \d.* in batch 0 of the data set, and float16 "),
-        ("float16", float("nan"), "the activations in batch 0 of the data set are not finite"),
-        ("float32", float("inf"), "the activations in batch 0 of the data set are not finite"),
+        (
+            "float16",
+            1e7,
+            r"the activations reach \d.*, and float16 holds at most 65,504. Give bfloat16\.",
+        ),
+        ("float16", float("nan"), "the model's activations are not finite"),
+        ("float32", float("inf"), "the model's activations are not finite"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(
@@ -347,11 +388,11 @@ def test_numbers_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cache(tmp_path, dtype).write(scaled(factor), DATA)
-    assert list((tmp_path / "acts").iterdir()) == []
-    if factor < float("inf"):
-        for dtype in ("bfloat16", "int8"):
-            new = Cache(config(tmp_path), tmp_path / dtype, dtype)
-            assert new.write(scaled(factor), DATA) is True
+    assert list(files(tmp_path / "acts")) == ["activations.json"]
+    if factor < float("inf"):  # a folder that holds no shard takes another dtype
+        assert cache(tmp_path, "bfloat16").write(scaled(factor), DATA) is True
+        new = Cache(config(tmp_path), tmp_path / "int8", "int8")
+        assert new.write(scaled(factor), DATA) is True
 
 
 def test_unknown_hook_is_named(tmp_path: Path) -> None:

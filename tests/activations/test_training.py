@@ -174,7 +174,7 @@ def test_the_command_trains_measures_and_publishes_without_a_model(
     command += ["--checkpoint_path", "null", "--sae.matryoshka_widths", "8", "32"]
     assert cli.main([*command, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "acts: 430 rows of width 12 in 1 shards, float16; 1.40 epochs"
+    assert lines[0] == "acts: 430 rows of width 12 in 1 shard, float16; 1.40 epochs"
     assert "levels of 8, 32 latents" in lines
     assert not Path("out").exists()
 
@@ -190,6 +190,7 @@ def test_the_command_trains_measures_and_publishes_without_a_model(
     assert report["levels"][1]["explained_variance"] > 0
     assert cli.main(["publish", "out", "ann/saes", "--dry-run", "--activations", "acts"]) == 0
     assert Path("published/ann/saes/out/sae_weights.safetensors").is_file()
+    capsys.readouterr()  # with the traces of progress bars
     said = refusal("levels", "out", "--dataset", "texts")
     assert "the metadata of this SAE has no hook_name, so its model can't be run" in said
 
