@@ -32,6 +32,12 @@ settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors are small, and threads would wait for each other
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run keeps its process off the Hub, which later tests need."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def hub() -> Iterator[LoopbackHub]:
     """The Hub that every client of the tests talks to, empty."""

@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -29,7 +28,6 @@ SMALL = """--device cpu --sae.d_sae 32 --sae.k 3 --training_tokens 600 --lr_warm
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", pytest.fail)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by a dry run
     monkeypatch.chdir(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
 from sae_lens_matryoshka import cli
@@ -14,7 +13,6 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by a dry run
 
 
 def dry_run(*words: str) -> int:

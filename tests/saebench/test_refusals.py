@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from filelock import FileLock
@@ -234,9 +233,8 @@ def test_without_saebench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_dry_run_checks_what_is_here_and_names_the_rest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by a dry run
     release = "gemma-2-2b-res-matryoshka-dc:blocks.12.hook_resid_post"
     words = ["trained", "nothing-yet", "--against", "random", release, "--levels", "1,5"]
     assert cli.main(["eval", *words, "--dry-run", "--out", str(tmp_path / "out")]) == 0

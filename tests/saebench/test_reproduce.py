@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
 from sae_lens_matryoshka import cli
@@ -44,7 +43,6 @@ def test_there_are_all_of_them() -> None:
 def test_dry_run(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by a dry run
     monkeypatch.chdir(REPOSITORY)
     assert words[0] == "sae-matryoshka"
     assert cli.main([*words[1:], "--dry-run"]) == 0

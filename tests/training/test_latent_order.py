@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig, decode_levels
 from sae_lens_matryoshka.levels.slicing import levels, truncate
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.training.latent_order import (
     level_order,
     rank_of,
@@ -39,9 +40,8 @@ def test_order_and_ranks_are_inverse_and_stable(counts: list[int]) -> None:
 
 def test_rates_by_hand() -> None:
     rates = torch.tensor([0.5, 0.0, 1.0])
-    updated = update_rates(
-        rates, torch.tensor([1, 1, 2, 2]), torch.tensor([True, True, True, False]), batch_size=4
-    )
+    latents, is_firing = torch.tensor([1, 1, 2, 2]), torch.tensor([True, True, True, False])
+    updated = update_rates(rates, latents, is_firing, 4, JoinedBatch())
     torch.testing.assert_close(updated, torch.tensor([0.495, 0.005, 0.9925]))
 
 
