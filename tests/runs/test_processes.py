@@ -165,7 +165,7 @@ def test_any_number_of_processes_trains_and_resumes_the_same_sae(
         weights = load_file(output / "output" / "sae_weights.safetensors")
         if output in resumed:  # a resumed run calibrates it on a new sample
             threshold = weights.pop("threshold")
-            torch.testing.assert_close(threshold, expected["threshold"], rtol=1e-2, atol=0)
+            torch.testing.assert_close(threshold, expected["threshold"], rtol=0.1, atol=0)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 

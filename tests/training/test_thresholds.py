@@ -13,6 +13,7 @@ from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAEConfig, TrainingSAE
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.levels.slicing import truncate
 from sae_lens_matryoshka.training import thresholds
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.training.thresholds import (
     ActivationSample,
     batch_threshold,
@@ -162,7 +163,7 @@ def held(sample: ActivationSample, *batches: tuple[float, ...]) -> list[float]:
     """What is in the sample, of which a row holds one number, after some batches more."""
     for values in batches:
         batch = torch.tensor(values)[:, None].repeat(1, 2)
-        sample.add(batch)
+        sample.add(batch, JoinedBatch())
         batch.fill_(-1)  # it is the sample's no longer
     assert sample.rows is not None
     assert torch.equal(sample.rows[:, 0], sample.rows[:, 1])
@@ -266,7 +267,7 @@ def test_sample_of_texts_in_their_order_holds_every_position() -> None:
     sample = ActivationSample()
     positions = torch.arange(1024) % 128
     for _ in range(32 + 1024):
-        sample.add(positions[:, None].float())
+        sample.add(positions[:, None].float(), JoinedBatch())
     assert sample.rows is not None
     counts = torch.bincount(sample.rows[:, 0].long(), minlength=128)
     assert counts.sum() == ActivationSample.MAX_ROWS
