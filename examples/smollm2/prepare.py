@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable("out", args.out)
         prepare_model(args.out)
         prepare_texts(args.out, args.texts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, ImportError) as error:  # of gguf: transformers says what to install
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error} {RESUME}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())} {RESUME}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped. {RESUME}", file=sys.stderr)
