@@ -2,10 +2,15 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-plain test-evals lint
+.PHONY: demo smollm2 test test-plain test-evals lint
 
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
+
+# A small language model and 10M tokens of text: examples/smollm2/README.md. TEXTS=NAME takes a data
+# set of the Hub instead of Debian's packages.
+smollm2: .venv/installed-smollm2
+	.venv/bin/python -m examples.smollm2.prepare $(TEXTS:%=--texts %)
 
 test: test-plain test-evals
 
@@ -27,6 +32,10 @@ lint: .venv/installed-dev
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) -e '.[eval]'
+	touch $@
+
+.venv/installed-smollm2: .venv/installed
+	.venv/bin/python $(PIP) -e '.[eval,smollm2]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -15,6 +15,7 @@ from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, synthsaebench_co
 from sae_lens_matryoshka.synthetic.variants import plan_variants
 from sae_lens_matryoshka.training.widths import paper_widths
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYNTHETIC = "synthsaebench-best"  # in the shape of SAELens' SyntheticSAERunnerConfig
 FROM_ACTIVATIONS = "from-activations"  # of a width that the activations tell
@@ -42,6 +43,11 @@ DOCUMENTED = {
         ("tiny-stories-33M", "blocks.2.hook_resid_post"),
         (768, [768, 2304, 5376, 11520, 24576], 32),
         (200_000_000, 2048, 3e-4),
+    ),
+    "smollm2": (
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "blocks.7.hook_resid_post"),
+        (576, [128, 384, 896, 1920, 4096], 24),
+        (4_505_600, 1024, 6e-4),
     ),
     "gemma-2-2b": (
         ("gemma-2-2b", "blocks.12.hook_resid_post"),
@@ -74,7 +80,7 @@ def test_config_has_the_documented_numbers(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_learning_rate_warms_up_and_decays_to_0_over_the_last_fifth(name: str):
     cfg = load_run_config(CONFIGS / f"{name}.yaml", {"device": "cpu", "verbose": False})
-    assert cfg.lr_warm_up_steps == (50 if name == "demo" else 1000)
+    assert cfg.lr_warm_up_steps == {"demo": 50, "smollm2": 200}.get(name, 1000)
     assert cfg.lr_decay_steps == cfg.total_training_steps // 5
 
     # The schedule knows the numbers of steps alone, so an SAE of any size shows it.
@@ -98,6 +104,14 @@ def test_config_for_activations_names_no_model_and_decays_over_the_last_fifth() 
     cfg = load_run_config(path, {"sae": {"d_in": 768}})
     assert cfg.lr_decay_steps == cfg.total_training_steps // 5
     assert cfg.sae.matryoshka_widths == paper_widths(cfg.sae.d_sae)
+
+
+def test_example_of_smollm2_is_its_config_in_two_steps() -> None:
+    values = read_config(CONFIGS / "smollm2.yaml")
+    cached, trained = (read_config(EXAMPLE / f"{n}.yaml") for n in ("cache", "matryoshka"))
+    unneeded = {"n_batches_in_buffer"}  # of SAELens' store, which only mixes what it reads
+    assert values == cached | trained | {name: values[name] for name in unneeded}
+    assert trained.keys().isdisjoint({*METADATA_FIELDS, "sae.d_in"})
 
 
 @pytest.mark.parametrize("name", NAMES)
