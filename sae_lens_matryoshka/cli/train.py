@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from sae_lens_matryoshka.runs.varying import Sweep
 
-_OPTIONS = ("activations", "vary", "process-timeout")  # besides the fields of the config
+# besides the fields of the config
+_OPTIONS = ("activations", "vary", "process-timeout", "shard-moments")
 
 
 def add_parser(commands: Any) -> None:
@@ -67,8 +68,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     timeout = _only_word("process-timeout", own, "a number of seconds")
     options: dict[str, Any] = {
-        "process_timeout": DEFAULT_TIMEOUT if timeout is None else positive_number(timeout)
+        "process_timeout": DEFAULT_TIMEOUT if timeout is None else positive_number(timeout),
+        "shard_moments": own["shard-moments"] is not None,
     }
+    if own["shard-moments"]:
+        raise ValueError("--shard-moments takes no value.")
     path = _only_word("activations", own, "one path, of a file or a folder")
     activations = None if path is None else open_activations(path)
     if activations is not None:
@@ -169,13 +173,15 @@ def _print_help(sae_class: type[TrainingSAEConfig]) -> None:
     parser = simple_parsing.ArgumentParser(
         prog=f"{PROGRAM} train",
         usage="%(prog)s [CONFIG.yaml] [--activations PATH] [--vary FIELD=V,V,…] [--dry-run] "
-        "[--process-timeout SECONDS] [--sae.architecture NAME] [--field value ...]",
+        "[--process-timeout SECONDS] [--shard-moments] [--sae.architecture NAME] "
+        "[--field value ...]",
         description="Train an SAE. Flags replace fields of the config; lists are written 1 2 3. "
         "--activations trains on a file or a folder of activations and loads no model. --vary "
         "trains an SAE for each value on the same activations, for all combinations if it is "
         "repeated: of fields of sae, and of seed, that of the initial weights; lists are written "
         "1/2/3. --dry-run only checks names, widths and paths. Started by torchrun, several "
-        "processes train one SAE; --process-timeout is how long one waits for the others.",
+        "processes train one SAE; --process-timeout is how long one waits for the others, and with "
+        "--shard-moments each keeps its part of Adam's moments.",
         argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
         nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT,
     )

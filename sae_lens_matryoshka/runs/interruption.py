@@ -84,7 +84,7 @@ class InterruptibleFit:
             if self._processes is not None:
                 trainer.is_writer, final = self._processes.settle_failure(error)
             if n_completed_steps(trainer) > n_steps_before:
-                message = self._save()[1]
+                message = self._save(is_agreed=False)[1]
                 if self._processes is None or trainer.is_writer:
                     logger.error(message)
             if final is not error:
@@ -121,14 +121,19 @@ class InterruptibleFit:
     def _stop(self, signum: int, told: str = "") -> NoReturn:
         if self._activity is None:
             raise TrainingInterrupted(signum, _NOTHING_TO_SAVE)
-        checkpoint, message = self._save()
+        checkpoint, message = self._save(is_agreed=True)
         raise TrainingInterrupted(signum, f"{told}{message}", checkpoint)
 
-    def _save(self) -> tuple[Path | None, str]:
-        """Save the run as it is: the checkpoint, if there is one, and what to tell the user."""
+    def _save(self, is_agreed: bool) -> tuple[Path | None, str]:
+        """Save the run as it is: the checkpoint, if there is one, and what to tell the user.
+
+        If several processes have agreed to save, those that don't write give what they hold.
+        """
         if self._processes is None:
             return save_interrupted(self._trainer)
         if not self._trainer.is_writer:
+            if is_agreed:
+                save_interrupted(self._trainer)
             checkpoint, message = self._processes.wait_for_saved() or (None, "nothing was saved.")
             return checkpoint and Path(checkpoint), message
         checkpoint, message = save_interrupted(self._trainer)
@@ -231,22 +236,23 @@ def save_atomically(
 
     Of several processes, one writes.
     """
-    reorder_latents(trainer)
-    if not trainer.is_writer:
-        return
-    base = base_path if base_path is not None else trainer.cfg.checkpoint_path
-    if base is None:
-        save(checkpoint_name, base_path, wandb_aliases)
-        return
-    if (error := not_finite(trainer)) is not None:
-        raise error
-    n_training_steps = trainer.n_training_steps
-    trainer.n_training_steps = n_completed_steps(trainer)  # SAELens counts a step after saving it
-    try:
-        with atomic_folder(Path(base) / checkpoint_name) as unfinished:
-            save(unfinished.name, base_path, wandb_aliases)
-    finally:
-        trainer.n_training_steps = n_training_steps
+    with trainer.whole_moments():
+        reorder_latents(trainer)
+        if not trainer.is_writer:
+            return
+        base = base_path if base_path is not None else trainer.cfg.checkpoint_path
+        if base is None:
+            save(checkpoint_name, base_path, wandb_aliases)
+            return
+        if (error := not_finite(trainer)) is not None:
+            raise error
+        n_training_steps = trainer.n_training_steps
+        trainer.n_training_steps = n_completed_steps(trainer)  # SAELens counts a step after it
+        try:
+            with atomic_folder(Path(base) / checkpoint_name) as unfinished:
+                save(unfinished.name, base_path, wandb_aliases)
+        finally:
+            trainer.n_training_steps = n_training_steps
 
 
 def not_finite(trainer: MatryoshkaTrainer) -> ValueError | None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import wandb
 from sae_lens import (
-    ActivationsStore,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     constants,
@@ -80,6 +79,8 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         activations: Activations to train on instead of a model's, as `ActivationBatches` takes
             them. Fields of `cfg` that concern a model, its hook or its data set are ignored.
         process_timeout: Seconds that one of several processes waits for the others.
+        shard_moments: Whether each of several processes keeps only its part of Adam's moments; then
+            a run that fails can't save the step before, because they are gone.
 
     Raises:
         ValueError: `cfg.resume_from_checkpoint` can't be resumed, or the run can't be split over
@@ -97,10 +98,12 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         *,
         activations: Any = None,
         process_timeout: float = DEFAULT_TIMEOUT,
+        shard_moments: bool = False,
     ):
         check_resumable(cfg)
         if activations is not None and not (override_dataset is None and override_model is None):
             raise ValueError("activations replace a model and its data set: give one or the other.")
+        self._shard_moments, self._reads_texts = shard_moments, activations is None
         self.processes = processes = Processes.start(cfg.device, process_timeout)
         with ExitStack() as on_error:
             if processes is not None:
@@ -170,6 +173,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             save_checkpoint_fn=self.save_checkpoint,
             cfg=cfg.to_sae_trainer_config(),
             group=None if processes is None else processes.group,
+            shard_moments=self._shard_moments,
         )
         if cfg.resume_from_checkpoint is not None:
             trainer.load_trainer_state(cfg.resume_from_checkpoint)
@@ -207,11 +211,11 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is None or self.processes is None:
             return
-        if isinstance(self.activations_store, ActivationsStore):
+        if self._reads_texts:
             save_positions(checkpoint_path, self.processes, self._reads_files_of_its_own)
 
     def _load_position(self, checkpoint: Path) -> None:
-        if isinstance(self.activations_store, ActivationsStore):
+        if self._reads_texts:
             load_position(self.activations_store, checkpoint, self.processes)
         else:
             self.activations_store.load_from_checkpoint(checkpoint)

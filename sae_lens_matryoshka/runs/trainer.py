@@ -1,6 +1,8 @@
 """SAELens' trainer, on one process or on the joined batch of several."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,8 +14,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import override
 
 from sae_lens_matryoshka.runs.fused_adam import fuse
+from sae_lens_matryoshka.runs.sharded_moments import ShardedMoments
 from sae_lens_matryoshka.training.base import NestedTrainingSAE
-from sae_lens_matryoshka.training.joined_batch import JoinedBatch
+from sae_lens_matryoshka.training.joined_batch import JoinedBatch, contiguous
 from sae_lens_matryoshka.util.checks import invalid_option
 
 _MAX_GRADIENT_NORM = 1.0  # SAELens'
@@ -28,6 +31,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     Args:
         group: The processes; None for this one alone. Everything else is as for SAELens' trainer.
+        shard_moments: Whether each process keeps only its part of Adam's moments.
 
     Attributes:
         is_writer: Whether this process is the one that writes checkpoints.
@@ -36,11 +40,18 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
         ValueError: the SAE's architecture can't be trained on several processes.
     """
 
-    def __init__(self, *args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        group: dist.ProcessGroup | None = None,
+        shard_moments: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._joined_batch = JoinedBatch(group)
         self.is_writer = self._joined_batch.rank == 0  # of checkpoints
         self._sent: list[dist.Work] = []
+        self._sharded: ShardedMoments | None = None
         if group is None:
             return
         if not isinstance(self.sae, NestedTrainingSAE):
@@ -53,7 +64,19 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.sae.split_batches(group)
         self.activation_scaler = _JoinedActivationScaler(self._joined_batch)
         for tensor in self.sae.state_dict().values():
-            dist.broadcast(_contiguous(tensor), src=0, group=group)
+            dist.broadcast(contiguous(tensor), src=0, group=group)
+        if shard_moments:
+            self._sharded = ShardedMoments(self.optimizer, self._joined_batch)
+
+    def whole_moments(self) -> AbstractContextManager[None]:
+        """A block in which the optimizer holds the moments of all processes, which enter it."""
+        return nullcontext() if self._sharded is None else self._sharded.whole()
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        super().load_trainer_state(checkpoint_path)
+        if self._sharded is not None:
+            self._sharded.take()
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -116,7 +139,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _send_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        gradient = _contiguous(parameter.grad)
+        gradient = contiguous(parameter.grad)
         work = dist.all_reduce(gradient, group=self._joined_batch.group, async_op=True)
         self._sent.append(cast(dist.Work, work))
 
@@ -124,9 +147,12 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _update(self) -> None:
         parameters = [p for p in self.sae.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scale = ((norm + 1e-6) / _MAX_GRADIENT_NORM).clamp(min=1)
+        if self._sharded is not None:
+            self._sharded.step(scale)
+            return
         if fuse(self.optimizer) and all(p.dtype == torch.float32 for p in parameters):
             # clips within the update; what `torch.amp` divides by is a float32
-            scale = ((norm + 1e-6) / _MAX_GRADIENT_NORM).clamp(min=1)
             self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
         else:
             clip_grads_with_norm_(parameters, _MAX_GRADIENT_NORM, norm)
@@ -167,8 +193,3 @@ class _JoinedActivationScaler(ActivationScaler):
 
     def _joined(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         return (self._joined_batch.by_rank(batch).flatten(0, 1) for batch in batches)
-
-
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor or its transpose, whichever is contiguous, as collectives need it."""
-    return tensor if tensor.is_contiguous() else tensor.T

@@ -10,6 +10,11 @@ import torch.distributed as dist
 from sae_lens_matryoshka.kernels.collectives import gathered
 
 
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor or its transpose, whichever is contiguous, as collectives need it."""
+    return tensor if tensor.is_contiguous() else tensor.T
+
+
 class JoinedBatch:
     """The batches of all processes of a group, by rank; without a group, this process's batch.
 

@@ -50,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LanguageModelSAERunnerConfi
     class Runner:
         processes = None
 
-        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], process_timeout: float):
+        def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], **options: Any):
             configs.append(cfg)
 
         def run(self) -> None:

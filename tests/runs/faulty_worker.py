@@ -103,7 +103,9 @@ def run(
             source: dict[str, Any] = {"activations": folder.parent / "rows.npy"}
         else:
             source = {"override_model": tiny_model(), "override_dataset": token_dataset()}
-        runner = MatryoshkaTrainingRunner(cfg, **source, process_timeout=timeout)
+        runner = MatryoshkaTrainingRunner(
+            cfg, **source, process_timeout=timeout, shard_moments="sharded" in folder.name
+        )
         if fault in FAULTS:
             runner.activations_store = FaultyStore(runner.activations_store, fault, rank)  # type: ignore[assignment]
         runner.run()
@@ -140,6 +142,7 @@ def main(out: Path, faults: list[str]) -> None:
         elif name == "logged":
             ends[fault] = logged(folder)
         else:
+            name = name.removeprefix("sharded ")
             timeout = 5 if name == "stuck" else 60
             ends[fault] = run(folder, name, int(rank or 1), timeout)
         (out / f"rank_{RANK}.json").write_text(json.dumps(ends))

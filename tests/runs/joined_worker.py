@@ -14,14 +14,18 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens_matryoshka.kernels.codes import Codes
 from sae_lens_matryoshka.kernels.joined_selection import select_joined
 from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
-from tests.runs.variants import VARIANTS, variant_config
+from tests.runs.variants import SHARDED, VARIANTS, variant_config
 from tests.steps import relative_error
 
 N_STEPS, BATCH_SIZE, D_IN, D_SAE = 50, 24, 8, 48
 
 
 def train(
-    name: str, dtype: str, batches: torch.Tensor, group: dist.ProcessGroup | None
+    name: str,
+    dtype: str,
+    batches: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    shard_moments: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What a training depends on and leaves behind."""
     torch.manual_seed(0)
@@ -48,7 +52,12 @@ def train(
         n_batches_for_norm_estimate=4,
     )
     trainer = MatryoshkaTrainer(
-        cfg=cfg, sae=sae, data_provider=iter(batches), evaluator=None, group=group
+        cfg=cfg,
+        sae=sae,
+        data_provider=iter(batches),
+        evaluator=None,
+        group=group,
+        shard_moments=shard_moments,
     )
     losses: list[torch.Tensor] = []
     step = trainer.step
@@ -142,7 +151,7 @@ def main(out: Path) -> None:
                 getattr(torch, dtype)
             )
             share = batches.unflatten(1, (n, -1))[:, rank]
-            joined = train(name, dtype, share, dist.group.WORLD)
+            joined = train(name, dtype, share, dist.group.WORLD, name in SHARDED)
             alone = train(name, dtype, batches, None)
             errors[f"{name} {dtype}"] = {
                 key: relative_error(joined[key], value) for key, value in alone.items()

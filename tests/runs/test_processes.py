@@ -101,6 +101,7 @@ def ends(folder: Path, killed: Any) -> dict[int, dict[str, Any]]:
     """Runs of two processes, one after the other."""
     (folder / "killed").symlink_to(folder / "0" / "killed")
     faults = ["other config", "nan", "end", "unreadable", "sigterm", "resume sigterm"]
+    faults += ["sharded sigterm", "resume sharded_sigterm", "sharded nan"]
     rows = torch.randn(1000, D_MODEL, generator=torch.Generator().manual_seed(0))
     np.save(folder / "rows.npy", rows.numpy())
     return ends_on(folder, 2, *faults, "none", "resume killed", "arrays", "logged")[0]
@@ -154,13 +155,16 @@ def test_all_processes_end_with_one_message(
 def test_any_number_of_processes_trains_and_resumes_the_same_sae(
     ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
-    """Two at once, two stopped and resumed, three killed and two resumed, two and then one."""
+    """Two at once, two stopped and resumed (with sharded moments too), three and then two, two and
+    then one.
+    """
     assert "error" not in faulty_worker.run(tmp_path / "one")
-    checkpoint = str(faulty_worker.checkpoint_of(folder / "sigterm"))
-    end = faulty_worker.run(tmp_path / "resumed", resume_from_checkpoint=checkpoint)
-    assert "error" not in end
+    for name, source in (("resumed", "sigterm"), ("unsharded", "sharded_sigterm")):
+        checkpoint = str(faulty_worker.checkpoint_of(folder / source))
+        assert "error" not in faulty_worker.run(tmp_path / name, resume_from_checkpoint=checkpoint)
     expected = load_file(tmp_path / "one" / "output" / "sae_weights.safetensors")
-    resumed = folder / "resume_sigterm", folder / "resume_killed", tmp_path / "resumed"
+    names = "resume_sigterm", "resume_sharded_sigterm", "resume_killed"
+    resumed = [tmp_path / "resumed", tmp_path / "unsharded", *(folder / name for name in names)]
     for output in (folder / "none", *resumed):
         weights = load_file(output / "output" / "sae_weights.safetensors")
         if output in resumed:  # a resumed run calibrates it on a new sample
@@ -182,14 +186,11 @@ def test_processes_share_the_rows_of_an_array(
 
 
 def test_the_first_process_logs_means_and_evaluates(
-    ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ends: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     assert "error" not in ends[0]["logged"] | ends[1]["logged"]
-    rows = history(folder / "logged")
-    for name in ("WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.setenv(name, "")
-    assert "error" not in faulty_worker.logged(tmp_path / "one")
-    expected = history(tmp_path / "one")
+    assert "error" not in ends_on(tmp_path, 1, "logged")[0][0]["logged"]
+    rows, expected = history(folder / "logged"), history(tmp_path / "logged")
     losses = [[row.get("losses/overall_loss") for row in run] for run in (rows, expected)]
     first = [[loss for loss in run if loss is not None][:2] for run in losses]
     assert first[0] == pytest.approx(first[1], rel=1e-5)  # evaluations draw texts after the second

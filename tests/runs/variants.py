@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+SHARDED = ("frequency", "unit_at_update", "jumprelu")  # with moments split over processes
+
 
 def variant_config(name: str, d_in: int, d_sae: int, dtype: str) -> TrainingSAEConfig:
     options = {"architecture": "matryoshka", **VARIANTS[name]}
