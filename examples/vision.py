@@ -7,8 +7,8 @@ A small convolutional network learns scikit-learn's digits. Its last hidden laye
 array, and an SAE trains on it whose first 8 latents, first 24 and all 64 must each reconstruct it.
 What is printed and drawn comes from images held out of both. For your own array, see `train_sae`.
 
-The first latents are active on many images of several digits, later ones on few, mostly of one.
-Their nine strongest images do not show this: on every level they are mostly of one digit.
+The first latents are active on many images of several digits, later ones on few images, mostly of
+one digit. The nine strongest images hide this: on every level, a latent's are mostly of one digit.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def shares_of_digits(weights: Tensor, labels: Tensor) -> Tensor:
 
 
 def one_digit(weights: Tensor, labels: Tensor) -> str:
-    """The share of the digit that is commonest for a latent, on average over latents."""
+    """The share of each latent's commonest digit, averaged over latents."""
     return f"{shares_of_digits(weights, labels).amax(0).mean():.0%}"
 
 

@@ -109,7 +109,7 @@ class ActivationBatches(Iterator[torch.Tensor]):
                 f"{self.name} holds {self.n_rows:,} rows, fewer than a batch of {self._step:,} "
                 "(train_batch_size_tokens)."
             )
-        # An object of its own: a thread that knew this one would keep it alive.
+        # A separate object: if the prefetching thread referred to `self`, it would keep it alive.
         self._order = _Order(
             source, batch_size, self.seed, torch.device(device), dtype, rank, world_size
         )

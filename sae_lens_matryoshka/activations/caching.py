@@ -133,7 +133,7 @@ class Cache:
             raise invalid_option("hook_name", cfg.hook_name, f"a hook of {cfg.model_name}")
         store = ActivationsStore.from_config(model, cfg, override_dataset=override_dataset)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.index.write(self.folder)  # a folder without it is refused, also after a first kill
+        self.index.write(self.folder)  # first: a folder with files but no index is refused
         n_whole = sum(shard.n_rows for shard in self.index.shards if self._is_whole(shard))
         options: dict[str, Any] = {"unit": " tokens", "unit_scale": True}
         with tqdm(

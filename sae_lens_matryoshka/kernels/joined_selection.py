@@ -2,11 +2,12 @@
 
 Each process selects more than its share of the codes with its own backend. The cut of the whole
 batch, the `n_keep`-th largest score, is then found digit by digit: positive floats order as the
-integers of the same bits, so each process counts its scores by their leading 11 bits, the counts
-are summed over the processes, and the digit at which `n_keep` scores are reached is the cut's.
-The digits that follow are counted among the scores that share those before. Three small messages
-settle float32, and a fourth says how many scores tie at the cut and whether any process selected
-too few; then all of them select more.
+integers of the same bits, so this is a radix select with digits of up to 11 bits. Each process
+makes a histogram of its scores' first digit, the histograms are summed over the processes, and
+counting down from the largest digit, the one at which `n_keep` scores are reached is the cut's. The
+next histogram covers only the scores that share the digits found so far. float32 takes three small
+all-reduces; then an all-gather says how many scores tie at the cut and whether any process
+selected too few, in which case all of them select more.
 """
 
 from collections.abc import Callable

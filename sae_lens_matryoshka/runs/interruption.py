@@ -170,7 +170,7 @@ def n_completed_steps(trainer: "MatryoshkaTrainer | LockstepTrainer") -> int:
 
 
 def undo_counters(trainer: MatryoshkaTrainer) -> Callable[[], None]:
-    """What resets the counters to now, after a step that failed before it updated the weights."""
+    """A function that restores the current counters, for a step that fails before its update."""
     counters: dict[str, Any] = {
         "n_training_samples": trainer.n_training_samples,
         "n_frac_active_samples": trainer.n_frac_active_samples,

@@ -48,7 +48,7 @@ class LockstepTrainer(MultiSAETrainer):
         evaluator: Called as SAELens calls that of several SAEs.
     """
 
-    trainers: dict[str, Any]  # MatryoshkaTrainer's, for which the base class has no room
+    trainers: dict[str, Any]  # of MatryoshkaTrainer, which the base class's annotation excludes
     is_writer = True  # as in MatryoshkaTrainer: the only process
     data_provider: Any  # MultiSAETrainer's yields a batch for each hook
 
@@ -176,7 +176,7 @@ class LockstepTrainer(MultiSAETrainer):
     @override
     @torch.no_grad()
     def _estimate_scaling_factors(self) -> None:
-        """Estimate once what several SAEs need, batch by batch: SAELens' keeps all batches."""
+        """Estimate each statistic once for all SAEs, batch by batch; SAELens keeps all batches."""
         for normalization, estimate in (
             ("expected_average_only_in", ActivationScaler.estimate_scaling_factor),
             ("covariance_whitening", ActivationScaler.estimate_whitening),

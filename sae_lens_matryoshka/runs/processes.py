@@ -183,8 +183,7 @@ class Processes:
         """After this process failed, or a collective did: see who is left, and what happened.
 
         Returns:
-            Whether it is this process, of those that are left, that has to save; the error to end
-            with.
+            Whether this process is the one of the remaining ones that saves; the error to raise.
         """
         is_own = not (isinstance(error, ProcessFailed) or _is_of_communication(error))
         if not self._is_on_gpu:

@@ -19,7 +19,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedMoments:
-    """Updates the parameters of an Adam, part by part; `adam` itself holds no moments meanwhile.
+    """Updates `adam`'s parameters, each process its part; outside `whole`, `adam` has no moments.
 
     Every process of the group has to call the methods together.
 
@@ -54,7 +54,7 @@ class ShardedMoments:
         """A block in which `adam` holds all moments, as in a run of one process.
 
         Raises:
-            RuntimeError: the processes have parted.
+            RuntimeError: the process group is closed.
         """
         if not dist.is_initialized():
             raise RuntimeError(
@@ -87,7 +87,7 @@ class ShardedMoments:
         return contiguous(tensor).flatten().tensor_split(self._joined_batch.n_processes)
 
     def _share(self, parts: tuple[torch.Tensor, ...]) -> None:
-        """Fill every part from the process whose it is."""
+        """Broadcast each part from the process that owns it."""
         for rank, part in enumerate(parts):
             if part.numel():
                 dist.broadcast(part, src=rank, group=self._joined_batch.group)

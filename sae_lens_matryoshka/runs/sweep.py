@@ -152,7 +152,7 @@ def check_sweep(cfgs: _Configs) -> dict[str, str]:
         The SAEs that failed before the checkpoint was saved, and why.
 
     Raises:
-        ValueError: it is not, or one can't; see `check_resumable`.
+        ValueError: torchrun started several processes, or an SAE can't resume (`check_resumable`).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -177,7 +177,7 @@ def _runner_of(
 ) -> LanguageModelSAETrainingRunner:
     """The runner of one SAE alone, with the model and the activations of `shared`."""
     runner = copy.copy(shared)
-    runner.cfg = copy.copy(shared.cfg)  # which knows the model of activations without one
+    runner.cfg = copy.copy(shared.cfg)  # with the model's name, if the activations record it
     for name in _OWN_FIELDS:
         setattr(runner.cfg, name, getattr(cfg, name))
     device = torch.device(cfg.device)

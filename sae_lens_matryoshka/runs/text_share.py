@@ -47,7 +47,7 @@ def take_share(store: ActivationsStore, processes: Processes, batch_size: int) -
 
 
 def save_positions(folder: Path, processes: Processes, is_by_files: bool) -> None:
-    """Write the state of the store to a checkpoint: for each process, and as one process has it."""
+    """Write to a checkpoint the position of each process, and the one for a single process."""
     n_texts = torch.tensor(processes.n_texts)
     # SAELens counts a text when it asks for the next: the last of each process is not counted
     n_joined = (n_texts.max() + 1) * processes.n - 1

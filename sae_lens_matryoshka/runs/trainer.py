@@ -69,7 +69,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self._sharded = ShardedMoments(self.optimizer, self._joined_batch)
 
     def whole_moments(self) -> AbstractContextManager[None]:
-        """A block in which the optimizer holds the moments of all processes, which enter it."""
+        """A context in which the optimizer holds all moments; every process has to enter it."""
         return nullcontext() if self._sharded is None else self._sharded.whole()
 
     @override
@@ -152,7 +152,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self._sharded.step(scale)
             return
         if fuse(self.optimizer) and all(p.dtype == torch.float32 for p in parameters):
-            # clips within the update; what `torch.amp` divides by is a float32
+            # clips within the update, which divides gradients by `grad_scale`, always a float32
             self.optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
         else:
             clip_grads_with_norm_(parameters, _MAX_GRADIENT_NORM, norm)
