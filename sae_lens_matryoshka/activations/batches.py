@@ -115,15 +115,19 @@ class ActivationBatches(Iterator[torch.Tensor]):
         )
         self.position = 0
         self._batches: Iterator[torch.Tensor] | None = None
+        self._error: BaseException | None = None  # after which a generator can't be read on
 
     @override
     def __next__(self) -> Float[torch.Tensor, "batch d_in"]:
+        if self._error is not None:
+            raise self._error
         if self._batches is None:
             self._batches = _ahead(self._order.batches(self.position), _N_PREFETCHED)
         try:
             batch = next(self._batches)
-        except BaseException:
+        except BaseException as error:
             self._batches = None  # so that the next call meets the same error
+            self._error = None if self._source.is_rereadable else error
             raise
         self.position += self._step
         return batch
@@ -259,7 +263,7 @@ class _Stream:
     def __init__(self, tensors: Iterable[Any]):
         self._n_read = 0
         iterator = iter(tensors)
-        self.is_rereadable = iterator is not tensors
+        self.is_rereadable = iter(tensors) is not iterator
         try:
             first = next(iterator)
         except StopIteration:
@@ -270,6 +274,7 @@ class _Stream:
 
     def buffers(self, seed: int, epoch: int) -> Iterator[Buffer]:
         start = n_rows = 0
+        n_read_before = self._n_read
         blocks: list[torch.Tensor] = []
         for block in self._blocks():
             blocks.append(block)
@@ -279,7 +284,7 @@ class _Stream:
                 start, n_rows, blocks = start + n_rows, 0, []
         if blocks:
             yield _buffer_of(blocks, start)
-        if not self.is_rereadable or self._n_read == 0:
+        if not self.is_rereadable or self._n_read == n_read_before:
             raise ActivationsEnded(
                 f"{self.name} ended after {self._n_read:,} rows, before the training did: give "
                 "more, fewer training_tokens, or an iterable that can be read again, such as a "
@@ -313,7 +318,7 @@ def _gather(
     for block, where in zip(buffer.blocks, places, strict=True):
         if len(order) < len(place):  # the other rows are of other ranks, or were read before
             block, where = block[where >= 0], where[where >= 0]
-        memory.index_copy_(0, where, block.to(memory.dtype))
+        memory.index_copy_(0, where, block.to("cpu", memory.dtype))
     return memory[: len(order)]
 
 

@@ -70,6 +70,9 @@ class Cache:
         if dtype not in DTYPES:
             raise invalid_option("dtype", dtype, f"one of {', '.join(DTYPES)}")
         checked_count("seed", cfg.seed, 0)
+        if cfg.use_cached_activations:
+            accepted = "false: a cache is written from a model"
+            raise invalid_option("use_cached_activations", True, accepted)
         d_in = cfg.sae.d_in
         n_rows = max(BLOCK_ROWS, _SHARD_ELEMENTS // d_in)
         if rows_per_shard is not None:

@@ -80,8 +80,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _open(config: str, flags: dict[str, list[str]]) -> Cache:
     """The cache that a command describes, checked as far as no model is needed."""
+    from sae_lens_matryoshka.runs.config_file import read_config
+    from sae_lens_matryoshka.runs.field_names import check_field_names
+
+    values = read_config(config)
+    check_field_names(values, flags, options=("out", "dtype", "rows_per_shard", "help"))
+
     from sae_lens_matryoshka.activations.caching import Cache
-    from sae_lens_matryoshka.runs.config import build_run_config, read_config, read_words
+    from sae_lens_matryoshka.runs.config import build_run_config, read_words
     from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
 
     options: dict[str, Any] = {
@@ -91,7 +97,7 @@ def _open(config: str, flags: dict[str, list[str]]) -> Cache:
     }
     if "out" not in options:
         raise ValueError("--out is missing: the folder to write to.")
-    values = read_config(config) | {"sae.architecture": "standard", "sae.d_sae": 1}
+    values |= {"sae.architecture": "standard", "sae.d_sae": 1}
     # of the SAE only its input matters
     kept = "sae.architecture", "sae.d_in", "sae.d_sae"
     cfg = build_run_config(

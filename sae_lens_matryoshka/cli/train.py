@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser, positive_number
+from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         check_field_names(values, flags, options=("dry-run", "help", *_OPTIONS))
 
     from sae_lens_matryoshka.activations.shards import open_activations
-    from sae_lens_matryoshka.runs.config import build_run_config, sae_config_class
+    from sae_lens_matryoshka.runs.config import build_run_config, read_words, sae_config_class
     from sae_lens_matryoshka.runs.dry_run import describe_run, describe_sweep
     from sae_lens_matryoshka.runs.from_activations import batches_for
     from sae_lens_matryoshka.runs.processes import DEFAULT_TIMEOUT
@@ -66,22 +66,27 @@ def run(args: argparse.Namespace) -> int:
     if wants_help:
         _print_help(sae_config_class(values))
         return 0
-    timeout = _only_word("process-timeout", own, "a number of seconds")
+    seconds = own["process-timeout"]
+    timeout = None if seconds is None else read_words("process-timeout", seconds, float)
     options: dict[str, Any] = {
-        "process_timeout": DEFAULT_TIMEOUT if timeout is None else positive_number(timeout),
+        "process_timeout": DEFAULT_TIMEOUT if timeout is None else timeout,
         "shard_moments": own["shard-moments"] is not None,
     }
     if own["shard-moments"]:
         raise ValueError("--shard-moments takes no value.")
-    path = _only_word("activations", own, "one path, of a file or a folder")
-    activations = None if path is None else open_activations(path)
-    if activations is not None:
+    if own["vary"] is not None and (timeout is not None or options["shard_moments"]):
+        raise ValueError("--vary trains on one process: give no option of several with it.")
+    paths, activations = own["activations"], None
+    if paths is not None:
+        if len(paths) != 1:
+            raise ValueError("--activations takes one path, of a file or a folder.")
+        activations = open_activations(paths[0])
         values.setdefault("sae.d_in", activations.d_in)
         options["activations"] = activations
     sweep = None
     if own["vary"] is None:
         cfg = build_run_config(values, flags)
-        check_resumable(cfg)
+        check_resumable(cfg, from_activations=activations is not None)
     else:
         sweep = plan_sweep(values, flags, own["vary"])
         check_sweep(sweep.cfgs)
@@ -93,16 +98,6 @@ def run(args: argparse.Namespace) -> int:
         print(described)
         return 0
     return _train(cfg, sweep, options, [PROGRAM, "train", *words])
-
-
-def _only_word(name: str, given: Mapping[str, Sequence[str] | None], accepted: str) -> str | None:
-    """The word after an option, if it is given."""
-    words = given[name]
-    if words is None:
-        return None
-    if len(words) != 1:
-        raise ValueError(f"--{name} takes {accepted}.")
-    return words[0]
 
 
 def field_flags(words: Sequence[str]) -> dict[str, list[str]]:

@@ -65,7 +65,7 @@ def _fuse(optimizer: Adam) -> None:
                 if name == "step":
                     state[name] = value.to(parameter.device, torch.float32)
                 else:
-                    state[name] = _laid_out_as(parameter, value)
+                    state[name] = laid_out_as(parameter, value)
     optimizer.register_step_pre_hook(_lay_out_gradients)
     optimizer.register_state_dict_post_hook(_as_not_fused)
 
@@ -74,10 +74,10 @@ def _lay_out_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                parameter.grad = _laid_out_as(parameter, parameter.grad)
+                parameter.grad = laid_out_as(parameter, parameter.grad)
 
 
-def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`value` in the parameter's strides: the fused kernel reads memory in order, unchecked."""
     if value.stride() == parameter.stride():
         return value

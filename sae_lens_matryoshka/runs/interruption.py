@@ -131,6 +131,8 @@ class InterruptibleFit:
         """
         if self._processes is None:
             return save_interrupted(self._trainer)
+        if not is_agreed and self._trainer.has_sharded_moments:
+            return None, "The last step could not be saved: its moments are split over processes."
         if not self._trainer.is_writer:
             if is_agreed:
                 save_interrupted(self._trainer)

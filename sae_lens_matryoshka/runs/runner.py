@@ -18,6 +18,7 @@ from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from typing_extensions import override
 
 from sae_lens_matryoshka.runs.config import flat
@@ -38,6 +39,7 @@ from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from sae_lens_matryoshka.training.base import NestedTrainingSAE
 from sae_lens_matryoshka.training.latent_order import reorder_latents
 from sae_lens_matryoshka.util.checks import invalid_option
+from sae_lens_matryoshka.util.files import check_writable
 
 _RESUME_FILES = (
     constants.SAE_CFG_FILENAME,
@@ -100,7 +102,10 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         process_timeout: float = DEFAULT_TIMEOUT,
         shard_moments: bool = False,
     ):
-        check_resumable(cfg)
+        check_resumable(cfg, from_activations=activations is not None)
+        for name in ("output_path", "checkpoint_path"):
+            if getattr(cfg, name) is not None:
+                check_writable(name, Path(getattr(cfg, name)))
         if activations is not None and not (override_dataset is None and override_model is None):
             raise ValueError("activations replace a model and its data set: give one or the other.")
         self._shard_moments, self._reads_texts = shard_moments, activations is None
@@ -120,6 +125,8 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
             else:
                 rank, n = (0, 1) if processes is None else (processes.rank, processes.n)
                 batches: Any = batches_for(cfg, activations, rank, n)
+                if processes is not None:  # a cache may still be growing
+                    processes.check_equal({"the number of activations": batches.n_rows})
                 self.activations_store = batches
                 self.cfg = config_without_model(cfg, batches.metadata)
                 self.sae = override_sae if override_sae is not None else initial_sae(self.cfg)
@@ -249,8 +256,14 @@ def _prepare_for(processes: Processes, cfg: LanguageModelSAERunnerConfig[Any]) -
     cfg.checkpoint_path = processes.from_rank_0(cfg.checkpoint_path)
 
 
-def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_resumable(
+    cfg: LanguageModelSAERunnerConfig[Any], from_activations: bool | None = None
+) -> None:
     """Check that `cfg.resume_from_checkpoint`, if set, is a checkpoint that this run can resume.
+
+    Args:
+        cfg: Config of the run.
+        from_activations: Whether the run is given activations; None if that is not known.
 
     Raises:
         ValueError: the folder or a file in it is missing, broken, of another SAE, or of a run that
@@ -274,6 +287,9 @@ def check_resumable(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             file.keys()
     except SafetensorError as error:
         raise ValueError(f"{given}: {weights.name} is broken ({error}).") from error
+    position = load_file(folder / constants.ACTIVATIONS_STORE_STATE_FILENAME)
+    if from_activations is False and "row" in position:
+        raise ValueError(f"{given} was trained on activations that it was given: give them again.")
     scaler = json.loads((folder / constants.ACTIVATION_SCALER_CFG_FILENAME).read_text())
     is_scaled = scaler["scaling_factor"] is not None or scaler.get("has_whitening", False)
     if cfg.sae.normalize_activations in _FOLDED_NORMALIZATIONS and not is_scaled:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Adam
 
-from sae_lens_matryoshka.runs.fused_adam import fuse
+from sae_lens_matryoshka.runs.fused_adam import fuse, laid_out_as
 from sae_lens_matryoshka.training.joined_batch import JoinedBatch, contiguous
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,15 +51,7 @@ class ShardedMoments:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """A block in which `adam` holds all moments, as in a run of one process.
-
-        Raises:
-            RuntimeError: the process group is closed.
-        """
-        if not dist.is_initialized():
-            raise RuntimeError(
-                "the other processes have taken their parts of the moments with them"
-            )
+        """A context in which `adam` holds all moments, as in a run of one process."""
         for parameter, own in zip(self._parameters, self._own, strict=True):
             if state := self._optimizer.state.get(own):
                 moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
@@ -79,7 +71,8 @@ class ShardedMoments:
             if state := self._adam.state.pop(parameter, None):
                 part: dict[str, Any] = {"step": state["step"].to(own.device)}
                 for name in _MOMENTS:
-                    part[name] = self._split(state[name])[self._joined_batch.rank].clone()
+                    moment = laid_out_as(parameter, state[name])
+                    part[name] = self._split(moment)[self._joined_batch.rank].clone()
                 self._optimizer.state[own] = part
 
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -68,6 +68,11 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if shard_moments:
             self._sharded = ShardedMoments(self.optimizer, self._joined_batch)
 
+    @property
+    def has_sharded_moments(self) -> bool:
+        """Whether this process holds only its part of Adam's moments."""
+        return self._sharded is not None
+
     def whole_moments(self) -> AbstractContextManager[None]:
         """A context in which the optimizer holds all moments; every process has to enter it."""
         return nullcontext() if self._sharded is None else self._sharded.whole()

@@ -17,8 +17,8 @@ from sae_lens_matryoshka.util.checks import invalid_option
 
 _SEED = "seed"  # the only field outside `sae` that can vary: that of the initial weights
 _ARCHITECTURE = "architecture"
-# Fields of `sae` that say what the activations are
-_SHARED = ("d_in", "device", "dtype", "metadata", "reshape_activations")
+# Fields of `sae` that say what the activations are, or how many are drawn before training
+_SHARED = ("d_in", "device", "dtype", "metadata", "normalize_activations", "reshape_activations")
 
 
 class Choice(NamedTuple):

@@ -287,6 +287,29 @@ def test_error_in_the_thread_reaches_the_caller_each_time() -> None:
     assert batches.position == 0
 
 
+def test_a_generator_is_not_read_on_after_an_error() -> None:
+    broken = numbered(100)
+    broken[4, 2] = torch.nan
+    batches = ActivationBatches(iter([broken, *[numbered(100)] * 3]), 100)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 4: not finite"):
+            next(batches)
+
+
+def test_an_iterable_of_one_generator_is_read_once() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.tensors = iter([numbered(100)] * 3)
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return self.tensors
+
+    batches = ActivationBatches(Once(), 100)
+    assert torch.cat([next(batches) for _ in range(3)]).sum() == 3 * numbered(100).sum()
+    with pytest.raises(ActivationsEnded, match="ended after 300 rows"):
+        next(batches)
+
+
 def test_threads_end_with_the_batches() -> None:
     before = set(threading.enumerate())
     batches = ActivationBatches(numbered(1000), 100)

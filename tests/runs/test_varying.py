@@ -79,6 +79,7 @@ def test_a_required_field_may_be_given_by_varying_it():
             "--vary lr is not accepted: the SAEs of a sweep share it. What can vary",
         ),
         (["training_tokens=1,2"], "--vary training_tokens is not accepted: the SAEs of a sweep"),
+        (["normalize_activations=none,layer_norm"], "normalize_activations is not accepted"),
         (["d_in=8,16"], "--vary d_in is not accepted: the SAEs of a sweep share it"),
         (["dtype=float32"], "--vary dtype is not accepted"),
         (["logger.run_name=a,b"], "--vary logger.run_name is not accepted"),
