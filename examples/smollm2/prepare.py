@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a data set of the Hub with a column `text`, instead of Debian's packages",
     )
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(signum, _stop)
     try:
         check_writable("out", args.out)
         prepare_model(args.out)

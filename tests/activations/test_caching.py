@@ -428,7 +428,9 @@ def yaml_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sae": {"d_in": D_MODEL, "d_sae": 64, "k": 4},
         "logger": {"log_to_wandb": False},
     }
-    monkeypatch.setattr("sae_lens_matryoshka.util.hook_names.check_hook_name", lambda *_: None)
+    monkeypatch.setattr(
+        "sae_lens_matryoshka.util.hook_names.get_pretrained_model_config", lambda _: MODEL.cfg
+    )
     Path("run.yaml").write_text(yaml.safe_dump(cfg))
     return Path("run.yaml")
 
