@@ -143,6 +143,10 @@ def _train(
     except TrainingInterrupted as stopped:
         if is_first:
             print(stopped, file=sys.stderr)
+            if runner is not None and runner.processes is not None:
+                n = str(runner.processes.n)
+                torchrun = ["torchrun", "--standalone", "--nproc-per-node", n, "-m"]
+                command = [*torchrun, "sae_lens_matryoshka", *command[1:]]
             if stopped.checkpoint is not None:
                 command = [*command, "--resume_from_checkpoint", str(stopped.checkpoint)]
                 print(f"Resume with: {shlex.join(command)}", file=sys.stderr)

@@ -5,6 +5,7 @@ Fields go by their dotted names here: `lr`, `sae.k`, `logger.log_to_wandb`.
 
 import argparse
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -121,6 +122,12 @@ def build_run_config(
 
 def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     n_steps = cfg.training_tokens // cfg.train_batch_size_tokens
+    if cfg.lr_warm_up_steps + (cfg.lr_decay_steps or 0) > n_steps:
+        warnings.warn(
+            f"lr_warm_up_steps={cfg.lr_warm_up_steps} and lr_decay_steps={cfg.lr_decay_steps} are "
+            f"more than the {n_steps:,} steps of the run.",
+            stacklevel=3,
+        )
     ends = {"k_anneal_steps": getattr(cfg.sae, "k_anneal_steps", 0)}
     if getattr(cfg.sae, "inner_weight_end", 1) < 1:
         start = cfg.sae.inner_fade_start

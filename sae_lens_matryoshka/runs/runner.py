@@ -13,6 +13,7 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     constants,
+    logger,
 )
 from sae_lens.config import HfDataset
 from sae_lens.saes.sae import TrainingSAE
@@ -185,6 +186,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
         if cfg.resume_from_checkpoint is not None:
             trainer.load_trainer_state(cfg.resume_from_checkpoint)
             self.sae.load_weights_from_checkpoint(cfg.resume_from_checkpoint)
+            logger.info(f"Resuming {cfg.resume_from_checkpoint}, step {n_completed_steps(trainer)}")
         self._compile_sae_if_needed()
         return trainer
 

@@ -304,6 +304,29 @@ def test_interrupted_training_exits_with_the_signals_code(
     assert capsys.readouterr().err == printed.format(config)
 
 
+def test_a_stop_of_several_processes_says_how_to_start_them_again(
+    started, config, monkeypatch, capsys
+):
+    def run(self) -> None:
+        raise TrainingInterrupted(signal.SIGTERM, "saved.", Path("x/64"))
+
+    monkeypatch.setattr(runner.MatryoshkaTrainingRunner, "run", run)
+    processes = types.SimpleNamespace(rank=0, n=2)
+    monkeypatch.setattr(runner.MatryoshkaTrainingRunner, "processes", processes)
+    assert cli.main(["train", str(config)]) == 143
+    command = "torchrun --standalone --nproc-per-node 2 -m sae_lens_matryoshka train"
+    assert f"Resume with: {command} {config} --resume_from" in capsys.readouterr().err
+    processes.rank = 1
+    assert cli.main(["train", str(config)]) == 143
+    assert capsys.readouterr().err == ""
+
+
+def test_a_schedule_longer_than_the_run_warns(started, config):
+    words = "--training_tokens 1000 --train_batch_size_tokens 100 --lr_warm_up_steps 11"
+    with pytest.warns(match="lr_warm_up_steps=11 and lr_decay_steps=0 are more than the 10 steps"):
+        assert cli.main(["train", str(config), *words.split()]) == 0
+
+
 def test_demo_is_dispatched(monkeypatch, capsys):
     calls = []
 
