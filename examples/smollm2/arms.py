@@ -49,8 +49,8 @@ class Arm(NamedTuple):
         """The fields of the SAE's training config."""
         widths = paper_widths(self.d_sae)
         sizes = {"d_sae": self.d_sae, "k": self.k}
-        if self.recipe == "batchtopk":
-            return {"architecture": "batchtopk", **sizes}
+        if self.recipe == "batchtopk":  # of one level: SAELens' BatchTopK, computed faster
+            return {"architecture": "matryoshka", **sizes, "matryoshka_widths": [self.d_sae]}
         nested = {"architecture": "matryoshka", **sizes, "matryoshka_widths": widths}
         recommended = MatryoshkaTrainingSAEConfig.recommended(
             d_in=D_IN, **sizes, matryoshka_widths=widths, n_steps=self.n_steps

@@ -36,7 +36,6 @@ from examples.smollm2.arms import (
 )
 from sae_lens_matryoshka.saebench.evaluations import read_result, result_file
 from sae_lens_matryoshka.saebench.records import Candidate
-from sae_lens_matryoshka.training.widths import paper_widths
 from sae_lens_matryoshka.util.files import atomic_file
 
 CACHE = Path(__file__).with_name("cache.yaml").resolve()
@@ -133,8 +132,7 @@ class Experiment:
             seconds = round(time.perf_counter() - start)
             shutil.rmtree(self._checkpoints(arm), ignore_errors=True)
         measured = self.work / "levels.json"
-        widths = ["--matryoshka_widths", *map(str, paper_widths(arm.d_sae))]
-        self._run("levels", self._sae(arm), "--activations", held_out, "--json", measured, *widths)
+        self._run("levels", self._sae(arm), "--activations", held_out, "--json", measured)
         levels = json.loads(measured.read_text())["levels"]
         self._add(arm, {"arm": arm._asdict(), "seconds_of_training": seconds, "levels": levels})
 
@@ -228,10 +226,8 @@ class Experiment:
 
 
 def _levels(arm: Arm) -> str:
-    """What `eval --levels` takes; an SAE without levels is evaluated whole with "all"."""
-    if arm.recipe == "batchtopk":
-        return "all"
-    levels = paper_widths(arm.d_sae)
+    """What `eval --levels` takes."""
+    levels = arm.options()["matryoshka_widths"]
     return ",".join(str(levels.index(width) + 1) for width in evaluated_widths(arm))
 
 
