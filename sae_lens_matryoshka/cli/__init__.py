@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(words[0], known)
             raise ValueError(f"{words[0]!r} is not a command ({', '.join(commands.choices)}){hint}")
         args = parser.parse_args(words)
-        # PyTorch asks Linux for huge pages: 4 KB at a time, allocating what each step or batch needs
-        # anew took a quarter of a training step and half of a language model's forward pass
+        # PyTorch asks Linux for huge pages: 4 KB at a time, memory that is allocated anew took a
+        # quarter of a training step, and more of a language model's forward pass
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         return args.run(args)
     except ValueError as error:
