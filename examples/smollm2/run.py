@@ -12,6 +12,7 @@ training resumes from its last checkpoint, a stopped evaluation after its last r
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -220,9 +221,11 @@ class Experiment:
 
     def _run(self, *command: object) -> None:
         """A command of `sae-matryoshka`, in the folder with the model and the texts."""
-        words = [sys.executable, "-m", "sae_lens_matryoshka", *map(str, command)]
+        words = list(map(str, command))
+        print(shlex.join(["sae-matryoshka", *words]), flush=True)
+        program = [sys.executable, "-m", "sae_lens_matryoshka"]
         environment = {**os.environ, **_KEEP_MEMORY, "HF_HUB_OFFLINE": "1"}
-        subprocess.run(words, cwd=self.data, env=environment, check=True)
+        subprocess.run([*program, *words], cwd=self.data, env=environment, check=True)
 
 
 def _levels(arm: Arm) -> str:

@@ -15,6 +15,8 @@ Settings = Mapping[str, Mapping[str, Any]]  # evaluation → field of SAEBench's
 
 # Settings that SAEBench does not have, read by `workarounds`
 _OWN = {"absorption": ("n_words",)}
+WORDS_PER_LETTER = 20  # that `n_words` includes
+_FEWEST_WORDS = 26 * WORDS_PER_LETTER
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _RESERVED = {
     "random_seed": "use --seeds",
@@ -67,8 +69,9 @@ def _check_value(name: str, field: str, value: Any) -> None:
     """Check what SAEBench's types accept and its evaluations don't."""
     if field in ("llm_dtype", "dtype") and value not in _DTYPES:
         raise invalid_option(name, value, " or ".join(_DTYPES))
-    if field == "n_words" and not isinstance(value, int):
-        raise invalid_option(name, value, "a number of words")
+    if field == "n_words" and not (isinstance(value, int) and value >= _FEWEST_WORDS):
+        accepted = f"{_FEWEST_WORDS} words or more, {WORDS_PER_LETTER} for each letter"
+        raise invalid_option(name, value, accepted)
     if value == []:
         raise invalid_option(name, value, "a list that is not empty")
     numbers = value if isinstance(value, list) else [value]

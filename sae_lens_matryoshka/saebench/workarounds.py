@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS, PACKAGE, installed
 from sae_lens_matryoshka.saebench.records import Job
+from sae_lens_matryoshka.saebench.settings import WORDS_PER_LETTER
 
 Named = tuple[str, SAE[Any]]
 _MAX_CODES = 2**30  # bytes
@@ -176,12 +177,21 @@ def _prepare_absorption(job: Job, config: Any, saes: SeededSAEs) -> None:
 
 
 def _draw_words(n_words: int, seed: int) -> None:
-    """Let absorption use as many random words of the vocabulary, the same for every SAE."""
+    """Let absorption use as many random words of the vocabulary, the same for every SAE.
+
+    Some words of each letter are among them: absorption fails where a letter has none.
+    """
     from sae_bench.evals.absorption import common, feature_absorption, vocab
 
     def get_alpha_tokens(tokenizer: Any) -> list[str]:
         words = vocab.get_alpha_tokens(tokenizer)
-        return random.Random(seed).sample(words, min(n_words, len(words)))
+        random.Random(seed).shuffle(words)
+        of_letter: dict[str, list[str]] = {}
+        for word in words:
+            of_letter.setdefault(word.strip()[0].lower(), []).append(word)
+        needed = {word for same in of_letter.values() for word in same[:WORDS_PER_LETTER]}
+        others = [word for word in words if word not in needed]
+        return [*sorted(needed), *others[: n_words - len(needed)]]
 
     common.get_alpha_tokens = feature_absorption.get_alpha_tokens = get_alpha_tokens
 

@@ -57,11 +57,11 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
         ),
         (
             ["trained", "--evals=absorption", "--absorption.n_words=all"],
-            "absorption.n_words='all' is not accepted: give",
+            "absorption.n_words='all' is not accepted: give 520 words or more",
         ),
         (
-            ["trained", "--evals=absorption", "--absorption.n_words=0"],
-            "absorption.n_words=0 is not accepted: give posi",
+            ["trained", "--evals=absorption", "--absorption.n_words=519"],
+            "absorption.n_words=519 is not accepted: give 520 words or more",
         ),
         (["trained", "--core.dataset=../x"], "core.dataset='../x' is not accepted: give an absolu"),
         (["trained", "--core.dataset=/no/x"], "core.dataset='/no/x' does not exist."),

@@ -46,12 +46,12 @@ def test_absorption_runs_few_layers_and_each_prompt_once(monkeypatch: pytest.Mon
 def test_absorption_of_some_words(tmp_path: Path) -> None:
     output = run_eval(
         tmp_path / "out",
-        *("identity", "--seeds", "1", *flags("absorption", n_words=500, min_feats_for_eval=1)),
+        *("identity", "--seeds", "1", *flags("absorption", n_words=600, min_feats_for_eval=1)),
     )
     assert output.code == 0, output.text
     (folder,) = (file.parent for file in output.out.rglob("probe.pth"))
     n_words = [len(pd.read_csv(folder / f"{split}_df.csv")) for split in ("train", "test")]
-    assert sum(n_words) == 500
+    assert sum(n_words) == 600
 
 
 def test_an_sae_of_transformers_own_model(everything: Output, saes: Path, tmp_path: Path) -> None:
