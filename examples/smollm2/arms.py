@@ -111,8 +111,8 @@ def tuning_arms() -> list[Arm]:
     ]
 
 
-def evaluated_widths(arm: Arm) -> list[int]:
-    """The widths of the levels that SAEBench runs on: in most SAEs the whole one alone."""
-    has_levels = arm.recipe in ("matryoshka", "recommended")
+def evaluated_widths(arm: Arm, evaluation: str) -> list[int]:
+    """The widths of the levels that SAEBench runs on: mostly the whole SAE alone."""
+    has_levels = arm.recipe in ("matryoshka", "recommended") and evaluation == "absorption"
     is_default = arm[3:] == Arm("", 0, 0)[3:]
     return paper_widths(arm.d_sae) if has_levels and is_default else [arm.d_sae]

@@ -35,6 +35,7 @@ COLUMNS = {
     "absorption, fraction": (f"{_ABSORPTION}mean_absorption_fraction_score", 3),
     "latents per letter": (f"{_ABSORPTION}mean_num_split_features", 2),
     "meta-SAE variance": ("meta_structure.meta_structure.decoder_fraction_variance_explained", 3),
+    "CE loss score": ("core.model_performance_preservation.ce_loss_score", 3),
     "max cosine": ("max_cosine", 3),
 }
 Value = tuple[float, float | None]  # a mean, and half of its interval; None from one seed
@@ -126,7 +127,7 @@ def tables(results: Results) -> dict[str, str]:
             results,
             "SAE",
             whole((f"{r}, k {k}", Arm(r, k, 0)) for k in (12, 24, 48) for r in MAIN),
-            (*scores, "dead", "meta-SAE variance", "max cosine"),
+            (*scores, "dead", "CE loss score", "meta-SAE variance", "max cosine"),
         ),
         "levels": table(results, "level", levels, (*scores, "dead")),
         "variants": table(

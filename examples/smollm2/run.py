@@ -42,7 +42,15 @@ from sae_lens_matryoshka.util.files import atomic_file
 CACHE = Path(__file__).with_name("cache.yaml").resolve()
 CONFIG = Path(__file__).with_name("matryoshka.yaml").resolve()
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "smollm2"
-SETTINGS: dict[str, dict[str, Any]] = {"absorption": {"n_words": 6000}, "meta_structure": {}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "absorption": {"n_words": 6000},
+    "meta_structure": {},
+    "core": {
+        "dataset": "texts/held_out",
+        "n_eval_reconstruction_batches": 8,  # of 16 contexts of 128 tokens
+        "n_eval_sparsity_variance_batches": 8,
+    },
+}
 _N_HELD_OUT = 200_000  # activations that L0 and variance explained are measured on
 _SHARE_OF_DECAY = 0.2  # of the steps, at whose end the learning rate falls to 0
 # glibc returns memory to Linux after each batch, and asks for it anew page by page
@@ -147,8 +155,9 @@ class Experiment:
                     for arm in trained
                     if arm.layer == layer and evaluation not in self.result(arm).get("saebench", {})
                 ]
-                for levels in dict.fromkeys(map(_levels, missing)):
-                    of_them = [arm for arm in missing if _levels(arm) == levels]
+                levels_of = {arm: _levels(arm, evaluation) for arm in missing}
+                for levels in dict.fromkeys(levels_of.values()):
+                    of_them = [arm for arm in missing if levels_of[arm] == levels]
                     self._evaluate(evaluation, layer, of_them, levels)
 
     def _evaluate(self, evaluation: str, layer: int, arms: list[Arm], levels: str) -> None:
@@ -167,7 +176,7 @@ class Experiment:
     def _collect(self, folder: Path, evaluation: str, arm: Arm) -> None:
         """Add SAEBench's results on an SAE, if all of its levels have one."""
         results = {}
-        for width in evaluated_widths(arm):
+        for width in evaluated_widths(arm, evaluation):
             level = Candidate(label=arm.name, source=(), width=width, d_sae=arm.d_sae)
             results[width] = read_result(result_file(folder, evaluation, level.key))
         if all(results.values()):
@@ -228,10 +237,10 @@ class Experiment:
         subprocess.run([*program, *words], cwd=self.data, env=environment, check=True)
 
 
-def _levels(arm: Arm) -> str:
+def _levels(arm: Arm, evaluation: str) -> str:
     """What `eval --levels` takes."""
-    levels = arm.options()["matryoshka_widths"]
-    return ",".join(str(levels.index(width) + 1) for width in evaluated_widths(arm))
+    levels, evaluated = arm.options()["matryoshka_widths"], evaluated_widths(arm, evaluation)
+    return ",".join(str(levels.index(width) + 1) for width in evaluated)
 
 
 if __name__ == "__main__":
