@@ -207,7 +207,7 @@ def _stop_after_hook() -> None:
         n_layers = int(names_filter[0].split(".")[1]) + 1
         return run(model, prompts, names_filter=names_filter, stop_at_layer=n_layers)
 
-    HookedTransformer.run_with_cache = run_with_cache
+    HookedTransformer.run_with_cache = run_with_cache  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
@@ -231,7 +231,7 @@ def _remember_activations(position: int) -> None:
             }
         return None, known[key]
 
-    HookedTransformer.run_with_cache = run_with_cache
+    HookedTransformer.run_with_cache = run_with_cache  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def absorption_obstacle(job: Job, config: Any, names: list[str]) -> str | None:
