@@ -90,7 +90,7 @@ def show_shipped_sae(path: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] 
 def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
     """Draw the levels of an SAE on each of `SENTENCES`, and measure them on these and docstrings.
 
-    Tokens that training left out are neither measured nor coloured.
+    Tokens that training left out are neither drawn nor measured.
 
     Args:
         sae: An SAE with level widths.

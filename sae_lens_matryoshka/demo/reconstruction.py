@@ -27,7 +27,7 @@ class TextReconstruction(NamedTuple):
         explained: Share of each token's squared distance from b_dec; NaN for tokens that training
             left out.
         strongest: Of the latents that the level adds, the one that contributes most; -1 if none is
-            active.
+            active, or where training left out the token.
     """
 
     tokens: list[str]
@@ -74,5 +74,6 @@ def reconstruct(sae: SAE[Any], text: TextActivations) -> TextReconstruction:
     strongest = []
     for start, end in pairwise([0, *widths_of(sae)]):
         values, latents = strengths[:, start:end].max(dim=-1)
-        strongest.append(torch.where(values > 0, latents + start, -1))
+        is_shown = (values > 0) & text.was_trained_on
+        strongest.append(torch.where(is_shown, latents + start, -1))
     return TextReconstruction(text.tokens, explained, torch.stack(strongest))

@@ -52,6 +52,8 @@ def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> No
 def test_both_saes_and_every_level(demo_run: Path) -> None:
     summary = json.loads((demo_run / "saebench" / "summary.json").read_text())
     assert summary["not_run"] == []
+    assert summary["model_name"] == "tiny-gpt-neox"
+    assert {score["evaluation"] for score in summary["scores"]} == {"sparse_probing", "core"}
     widths = (32, 96, 224, 480)
     levels = [*(f"matryoshka, first {width}" for width in widths), "matryoshka"]
     assert [sae["title"] for sae in summary["saes"]] == [*levels, "batchtopk"]
@@ -61,4 +63,4 @@ def test_both_saes_and_every_level(demo_run: Path) -> None:
     assert explained == sorted(explained)
     top_1 = "sparse probing, top 1"
     assert scores[levels[0], top_1] < scores["matryoshka", top_1]
-    assert (demo_run / "saebench" / "report.html").exists()
+    assert "tiny-gpt-neox" in (demo_run / "saebench" / "report.html").read_text()
