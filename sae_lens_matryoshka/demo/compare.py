@@ -1,4 +1,4 @@
-"""The demo's own process: train two SAEs, evaluate them and every level, and report.
+"""The demo's own process: train two SAEs, evaluate every level, show the shipped SAE, and report.
 
 It runs in the demo's folder, where the model and the texts are found by relative names.
 """

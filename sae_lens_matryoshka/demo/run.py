@@ -1,4 +1,7 @@
-"""The demo: BatchTopK against Matryoshka on a small language model, offline, in a few minutes."""
+"""The demo: BatchTopK against Matryoshka on a tiny language model, then an SAE of a real one.
+
+Only the download of the real one needs a network; without it the demo ends before.
+"""
 
 import os
 import shutil
