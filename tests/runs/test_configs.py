@@ -45,7 +45,7 @@ DOCUMENTED = {
         (200_000_000, 2048, 3e-4),
     ),
     "smollm2": (
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "blocks.7.hook_resid_post"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "model.layers.7"),
         (576, [128, 384, 896, 1920, 4096], 24),
         (4_505_600, 1024, 6e-4),
     ),
