@@ -166,7 +166,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, n in {"N_TEXTS": 2000, "N_HELD_OUT": 400, "N_LABELLED": 1200}.items():
             patch.setattr(run, name, n)
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(subprocess, "run", run_short)
         assert run.run_demo(out) == 0

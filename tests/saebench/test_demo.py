@@ -12,7 +12,6 @@ from sae_lens import SAE
 
 from sae_lens_matryoshka.demo import compare
 from sae_lens_matryoshka.demo.report import Row, table
-from tests.saebench.saes import REPOSITORY
 
 
 def test_every_level_is_measured_and_drawn(demo_run: Path) -> None:
@@ -40,7 +39,7 @@ def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> No
         compare.LEVELS_COMMAND.replace("sae-matryoshka", program) + " --n-batches 1",
         shell=True,
         cwd=demo_run,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
