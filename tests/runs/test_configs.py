@@ -25,7 +25,7 @@ NAMES = sorted(
 # model, hook, d_in, widths, k, tokens, batch, learning rate
 DOCUMENTED = {
     "demo": (
-        ("pythia-70m-deduped", "blocks.1.hook_resid_post"),
+        ("sae-lens-matryoshka/tiny-gpt-neox", "blocks.1.hook_resid_post"),
         (128, [32, 96, 224, 480, 1024], 8),
         (1_536_000, 1024, 1e-3),
     ),

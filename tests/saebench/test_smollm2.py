@@ -18,8 +18,8 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.smollm2.arms import Arm
-from examples.smollm2.prepare import MODEL, prepare_model
 from sae_lens_matryoshka import load_sae
+from sae_lens_matryoshka.demo.smollm2 import MODEL, prepare_model
 from sae_lens_matryoshka.levels import levels
 
 ROOT = Path(__file__).parents[2]

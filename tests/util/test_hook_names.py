@@ -16,6 +16,7 @@ def test_names_are_those_of_saebench() -> None:
     assert short_model_name("google/gemma-2-2b") == "gemma-2-2b"
     assert short_model_name("EleutherAI/pythia-160m-deduped") == "pythia-160m-deduped"
     assert short_model_name("pythia-160m-deduped") == "pythia-160m-deduped"
+    assert short_model_name("sae-lens-matryoshka/tiny-gpt-neox") == "tiny-gpt-neox"
 
 
 def test_near_names() -> None:
