@@ -83,7 +83,7 @@ class Results:
         if not rest:
             (level,) = (level for level in result["levels"] if level["width"] == width)
             return level[path]
-        value: Any = result["saebench"].get(evaluation, {}).get(str(width))
+        value: Any = result["saebench"].get(evaluation, {}).get("widths", {}).get(str(width))
         for key in rest.split("."):
             value = None if value is None else value[key]
         return value

@@ -43,7 +43,9 @@ CACHE = Path(__file__).with_name("cache.yaml").resolve()
 CONFIG = Path(__file__).with_name("matryoshka.yaml").resolve()
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "smollm2"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "absorption": {"n_words": 6000},
+    # 3,750 steps of the probe that looks for each letter's latents. In SAEBench's batches of 4,096
+    # so few words make 100, and it misses the latents of some letters.
+    "absorption": {"n_words": 12_000, "k_sparse_probe_batch_size": 128},
     "meta_structure": {},
     "core": {
         "dataset": "texts/held_out",
@@ -153,12 +155,16 @@ class Experiment:
                 missing = [
                     arm
                     for arm in trained
-                    if arm.layer == layer and evaluation not in self.result(arm).get("saebench", {})
+                    if arm.layer == layer and not self._is_evaluated(arm, evaluation)
                 ]
                 levels_of = {arm: _levels(arm, evaluation) for arm in missing}
                 for levels in dict.fromkeys(levels_of.values()):
                     of_them = [arm for arm in missing if levels_of[arm] == levels]
                     self._evaluate(evaluation, layer, of_them, levels)
+
+    def _is_evaluated(self, arm: Arm, evaluation: str) -> bool:
+        known = self.result(arm).get("saebench", {}).get(evaluation, {})
+        return known.get("settings") == SETTINGS[evaluation]
 
     def _evaluate(self, evaluation: str, layer: int, arms: list[Arm], levels: str) -> None:
         out = self.work / f"saebench_layer_{layer}"
@@ -171,16 +177,20 @@ class Experiment:
             )
         finally:
             for arm in arms:
-                self._collect(out / evaluation / "seed_0", evaluation, arm)
+                self._collect(out, evaluation, arm)
 
-    def _collect(self, folder: Path, evaluation: str, arm: Arm) -> None:
+    def _collect(self, out: Path, evaluation: str, arm: Arm) -> None:
         """Add SAEBench's results on an SAE, if all of its levels have one."""
         results = {}
         for width in evaluated_widths(arm, evaluation):
-            level = Candidate(label=arm.name, source=(), width=width, d_sae=arm.d_sae)
-            results[width] = read_result(result_file(folder, evaluation, level.key))
-        if all(results.values()):
-            self._add(arm, {"saebench": {evaluation: results}})
+            key = Candidate(label=arm.name, source=(), width=width, d_sae=arm.d_sae).key
+            metrics = read_result(result_file(out / evaluation / "seed_0", evaluation, key))
+            if metrics is None:
+                return
+            is_absorption = evaluation == "absorption"
+            results[width] = metrics | ({"letters": _letters(out, key)} if is_absorption else {})
+        evaluated = {"settings": SETTINGS[evaluation], "widths": results}
+        self._add(arm, {"saebench": {evaluation: evaluated}})
 
     def _add(self, arm: Arm, values: dict[str, Any]) -> None:
         known = self.result(arm)
@@ -235,6 +245,28 @@ class Experiment:
         program = [sys.executable, "-m", "sae_lens_matryoshka"]
         environment = {**os.environ, **_KEEP_MEMORY, "HF_HUB_OFFLINE": "1"}
         subprocess.run([*program, *words], cwd=self.data, env=environment, check=True)
+
+
+def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
+    """What absorption found for each letter, and how well its best latent finds the letter's words.
+
+    Letters that the model's own probe does not find are left out, as in SAEBench's means.
+    """
+    file = result_file(out / "absorption" / "seed_0", "absorption", key)
+    found = {
+        row.pop("first_letter"): row for row in json.loads(file.read_text())["eval_result_details"]
+    }
+    cache = out / ".saebench" / "absorption" / "seed_0" / "artifacts" / "absorption"
+    probes = cache / f"{key}_custom_sae_k_sparse_probing.json"
+    # the cache of an evaluation that was killed is gone
+    for row in json.loads(probes.read_text()) if probes.exists() else []:
+        if row["letter"] in found:
+            found[row["letter"]] |= {
+                "latent": row["sparse_sae_k_1_feats"][0],
+                "recall": row["recall_sum_sparse_sae_1"],
+                "precision": row["precision_sum_sparse_sae_1"],
+            }
+    return found
 
 
 def _levels(arm: Arm, evaluation: str) -> str:

@@ -94,10 +94,17 @@ def test_levels_and_l0(result: dict[str, Any]) -> None:
 
 
 def test_absorption(result: dict[str, Any]) -> None:
-    [(width, scores)] = result["saebench"]["absorption"].items()
+    [(width, scores)] = result["saebench"]["absorption"]["widths"].items()
     assert width == "512"
-    assert 0 <= scores["mean"]["mean_full_absorption_score"] <= 1
-    assert 1 <= scores["mean"]["mean_num_split_features"] <= 10
+    letters = scores["letters"].values()
+    assert len(letters) >= 2
+    for name, of_letter in (
+        ("mean_full_absorption_score", "full_absorption_rate"),
+        ("mean_num_split_features", "num_split_features"),
+    ):
+        mean = sum(letter[of_letter] for letter in letters) / len(letters)
+        assert scores["mean"][name] == pytest.approx(mean)
+    assert all(0 <= letter["recall"] <= 1 for letter in letters)
 
 
 def test_what_is_done_is_not_computed_again(data: Path, result: dict[str, Any]) -> None:
