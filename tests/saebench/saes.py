@@ -35,6 +35,7 @@ def write_saes(folder: Path) -> None:
 def _train(folder: Path) -> None:
     shape = {"d_in": D_IN, "d_sae": D_SAE, "k": 8}
     cfg = run_config(MatryoshkaTrainingSAEConfig(**shape, matryoshka_widths=WIDTHS))
+    cfg.model_name = MODEL_NAME
     cfg.training_tokens, cfg.lr_decay_steps = 1024 * 400, 100
     cfg.output_path = str(folder)
     corpus = folder.parent / "corpus"

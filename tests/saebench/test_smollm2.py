@@ -58,7 +58,7 @@ def result(data: Path) -> dict[str, Any]:
     experiment = start(data)
     checkpoints = data / "experiment" / "checkpoints" / ARM.name
     deadline = time.monotonic() + 300
-    while not list(checkpoints.glob("*/trainer_state.pt")):
+    while not list(checkpoints.rglob("trainer_state.pt")):
         assert experiment.poll() is None, output(data)
         assert time.monotonic() < deadline
         time.sleep(0.05)
