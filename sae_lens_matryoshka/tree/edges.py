@@ -17,6 +17,7 @@ from sae_lens_matryoshka.tree.coactivation import (
 )
 from sae_lens_matryoshka.tree.directions import direction_evidence, means_of
 from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.nearby import nearby_rate
 
 RULES = ("tested", "coverage")
 
@@ -28,8 +29,9 @@ class Rules:
     Attributes:
         edges: "tested", or "coverage" for the first condition alone.
         min_coverage: Least coverage, P(parent | child), of a pair that is tested.
-        min_excess: Least value of the lower end of the interval of (coverage − P(parent)) /
-            (1 − P(parent)).
+        min_excess: How far, from chance (0) to certainty (1), the lower end of the interval of the
+            coverage has to be: (coverage − rate) / (1 − rate), where the rate is the parent's on all
+            tokens, and again where it is that near the child (`tree.nearby`).
         min_presence: Least presence of the parent's direction where the child fires.
         max_rank: Greatest rank of the parent's decoder row by cosine with the child's direction.
         alpha: The p-value times the number of pairs looked at has to be below.
@@ -67,6 +69,7 @@ def find_edges(
     coverage = n_both / counts[child]
     low, high = coverage_interval(n_both, counts[child])
     rate = counts[parent] / n_tokens
+    nearby = nearby_rate(gathered, pairs, shifted)
     mean, variance = clustering.expected(parent, child)
     p_value = p_values(n_both, mean, variance)
     directions = direction_evidence(means_of(gathered, shifted), W_dec, pairs)
@@ -79,7 +82,9 @@ def find_edges(
             "coverage_low": low,
             "coverage_high": high,
             "lift": coverage / rate,
-            "excess_low": (low - rate) / (1 - rate),
+            "excess_low": _excess(low, rate),
+            "nearby": nearby,
+            "nearby_excess_low": _excess(low, np.nan_to_num(nearby, nan=0.0)),
             "of_parent": n_both / counts[parent],
             "presence": directions.presence,
             "direction_rank": directions.rank,
@@ -102,10 +107,16 @@ def passes(edges: pd.DataFrame, rules: Rules) -> "pd.Series[bool]":
     passed = edges["coverage"] >= rules.min_coverage
     if rules.edges == "tested":
         passed &= edges["excess_low"] >= rules.min_excess
+        passed &= edges["nearby_excess_low"] >= rules.min_excess
         passed &= edges["p_corrected"] < rules.alpha
         passed &= edges["presence"] >= rules.min_presence
         passed &= edges["direction_rank"] <= rules.max_rank
     return passed
+
+
+def _excess(coverage: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    """How far a coverage is from a rate, 0, to certainty, 1."""
+    return (coverage - rate) / np.maximum(1 - rate, 1e-9)
 
 
 def information(

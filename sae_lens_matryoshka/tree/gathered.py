@@ -130,14 +130,45 @@ class Gathered:
     def activations_of(self, latent: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """The tokens where a latent fires, numbered over all shards, and its activations there."""
         tokens, values = [], []
+        for first, starts, rows, shard_values in self._slices(latent, latent + 1):
+            assert len(starts) == 2
+            tokens.append(rows.astype(np.int64) + first)
+            values.append(shard_values)
+        return np.concatenate(tokens), np.concatenate(values)
+
+    def sorted_activations(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+        """Number, tokens and activations of the latents from `start` to `stop` − 1 that fire.
+
+        The largest activation comes first; of equal ones the first token.
+        """
+        latents, tokens, values = [], [], []
+        for first, starts, rows, shard_values in self._slices(start, stop):
+            latents.append(np.repeat(np.arange(start, stop), np.diff(starts)))
+            tokens.append(rows.astype(np.int64) + first)
+            values.append(shard_values)
+        latent, token, value = (np.concatenate(parts) for parts in (latents, tokens, values))
+        order = np.lexsort((-value, latent))
+        token, value = token[order], value[order]
+        counts = np.bincount(latent - start, minlength=stop - start)
+        ends = np.cumsum(counts)
+        for i in counts.nonzero()[0].tolist():
+            own = slice(ends[i] - counts[i], ends[i])
+            yield start + i, token[own], value[own]
+
+    def _slices(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Number of the first row, and `starts`, `rows` and `values` of some latents, per shard."""
         first = 0
         for shard in self.index.shards:
             with _opened(self.folder / shard.name) as file:
-                start, stop = file.get_slice("starts")[latent : latent + 2].tolist()
-                tokens.append(file.get_slice("rows")[start:stop].astype(np.int64) + first)
-                values.append(file.get_slice("values")[start:stop])
+                starts = file.get_slice("starts")[start : stop + 1]
+                own = slice(int(starts[0]), int(starts[-1]))
+                rows, values = (file.get_slice(name)[own] for name in ("rows", "values"))
+            yield first, starts, rows, values
             first += shard.n_rows
-        return np.concatenate(tokens), np.concatenate(values)
 
     @cached_property
     def counts(self) -> Int[np.ndarray, " d_sae"]:

@@ -34,6 +34,9 @@ class Tree:
             coverage_low, coverage_high: Wilson's 95 % interval of `coverage`.
             lift: `coverage` / density of the parent.
             excess_low: (`coverage_low` − density of the parent) / (1 − density of the parent).
+            nearby: Share of the silent tokens near the child's where the parent fires; NaN if there
+                are none (see `tree.nearby`).
+            nearby_excess_low: As `excess_low`, with `nearby` for the density of the parent.
             of_parent: Share of the parent's tokens where the child fires.
             presence: How far activations go along the parent's decoder row where the child fires;
                 0 as on all tokens, 1 as where the parent fires.
@@ -105,8 +108,8 @@ class Tree:
             "format_version": _FORMAT_VERSION,
             "settings": dict(self.settings),
             "summary": dict(self.summary),
-            "latents": self.latents.to_dict("list"),
-            "edges": self.edges.to_dict("list"),
+            "latents": _columns(self.latents),
+            "edges": _columns(self.edges),
         }
         with atomic_file(Path(path)) as unfinished:
             unfinished.write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
@@ -123,7 +126,9 @@ class Tree:
             version = values["format_version"]
             if version != _FORMAT_VERSION:
                 raise ValueError(f"its format_version is {version!r}, not {_FORMAT_VERSION}")
-            latents, edges = (pd.DataFrame(values[name]) for name in ("latents", "edges"))
+            latents, edges = (
+                pd.DataFrame(values[name]).apply(pd.to_numeric) for name in ("latents", "edges")
+            )
             latents.index.name = "latent"
             return cls(latents, edges, values["summary"], values["settings"])
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -133,3 +138,11 @@ class Tree:
         if latent not in self.latents.index:
             raise invalid_option("latent", latent, f"0 to {len(self.latents) - 1}")
         return self.edges[self.edges["passed"] & (self.edges[column] == latent)]
+
+
+def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
+    """The columns of a table for JSON, which has no NaN."""
+    return {
+        name: [None if value != value else value for value in column]
+        for name, column in table.to_dict("list").items()
+    }
