@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 from sae_lens import SAE, ActivationsStore
 
@@ -161,15 +161,18 @@ def _texts(
             )
     if metadata.hook_name not in model.hook_dict:
         raise ValueError(f"the model has no hook {metadata.hook_name!r}.")
-    store = ActivationsStore.from_sae(
-        model,
-        sae,
-        dataset=dataset,
-        streaming=isinstance(dataset, str) and not Path(dataset).exists(),
-        store_batch_size_prompts=checked_count("batch_size_prompts", n_prompts),
-        total_tokens=n_tokens,
-        device=str(sae.device),
-    )
+    try:
+        store = ActivationsStore.from_sae(
+            model,
+            sae,
+            dataset=dataset,
+            streaming=isinstance(dataset, str) and not Path(dataset).exists(),
+            store_batch_size_prompts=checked_count("batch_size_prompts", n_prompts),
+            total_tokens=n_tokens,
+            device=str(sae.device),
+        )
+    except (DatasetsError, FileNotFoundError) as error:
+        raise ValueError(f"dataset={dataset!r} can't be read: {error}") from error
     return ModelOnTexts(sae, model, store, dataset if isinstance(dataset, str) else "a data set")
 
 

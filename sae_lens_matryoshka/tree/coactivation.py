@@ -109,9 +109,7 @@ def add_products(
     of_parents = codes[:, parents][start : start + n_rows]
     others = codes if other_shard == shard else gathered.codes(other_shard)
     of_all = others[other_start : other_start + n_rows].tocsr()
-    of_parents.data, of_all.data = (
-        np.ones(m.nnz, np.int32) for m in (of_parents, of_all)
-    )
+    of_parents.data, of_all.data = (np.ones(m.nnz, np.int32) for m in (of_parents, of_all))
     product = sparse.coo_array(of_parents.T.tocsr() @ of_all)
     n_both[product.row, product.col] += product.data
 

@@ -115,8 +115,8 @@ def passes(edges: pd.DataFrame, rules: Rules) -> "pd.Series[bool]":
 
 
 def _excess(coverage: np.ndarray, rate: np.ndarray) -> np.ndarray:
-    """How far a coverage is from a rate, 0, to certainty, 1."""
-    return (coverage - rate) / np.maximum(1 - rate, 1e-9)
+    """How far a coverage is from a rate, 0, to certainty, 1; a rate of 1 can't be exceeded."""
+    return np.divide(coverage - rate, 1 - rate, out=np.zeros(len(rate)), where=rate < 1)
 
 
 def information(
