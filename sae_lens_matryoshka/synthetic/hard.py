@@ -27,6 +27,8 @@ from sae_lens.synthetic import (
     orthogonal_initializer,
 )
 
+from sae_lens_matryoshka.synthetic.models import Benchmark
+
 D_IN = 128
 DOCUMENT = 64  # samples
 _N_DENSE, _N_TREES, _N_GROUPS, _N_TOPICS, _N_RARE = 6, 24, 16, 8, 378
@@ -126,3 +128,15 @@ def _features() -> _Features:
 
 def _between(first: float, last: float, n: int) -> list[float]:
     return torch.linspace(first, last, n).tolist()
+
+
+HARD = Benchmark(
+    name="hard",
+    build=hard_model,
+    d_in=D_IN,
+    d_sae=384,
+    matryoshka_widths=(24, 72, 168, 384),
+    k=8,
+    lr=1e-3,
+    batch_size=256,
+)

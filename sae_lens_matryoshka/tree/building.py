@@ -48,9 +48,9 @@ def build_tree(
         model: As SAELens loads it, to run on `dataset`.
         dataset: A data set of texts or tokens, or its name.
         n_tokens: How many tokens to look at, at most.
-        activations: Instead of a model and a data set: a tensor or memory-mapped array (…, d_in), or
-            a path as `train --activations` takes it. Their order should be that of the texts: the
-            test against chance looks at which tokens are near each other.
+        activations: Instead of a model and a data set: a tensor or memory-mapped array (…, d_in),
+            or a path as `train --activations` takes it. Their order should be that of the texts:
+            the tests look at which tokens are near each other.
         edges: "tested", or "coverage" for P(parent | child) ≥ `min_coverage` alone.
         min_coverage: Least P(parent | child) of a pair that is tested.
         batch_size_prompts: Prompts that the model runs at a time.

@@ -1,15 +1,16 @@
 """How often two latents would fire together by chance, if each keeps its rate and its clusters.
 
-A latent's firings, a series of 0 and 1, are split by scale: between blocks of 4ᵏ⁺¹ tokens, between the
-blocks of 4ᵏ tokens within these, and so on down to single tokens (a Haar decomposition). The parts
-are orthogonal, so with E_k their sums of squares,
+A latent's firings, a series of 0 and 1, are split by scale: what differs between blocks of 4ᵏ⁺¹
+tokens, between the blocks of 4ᵏ tokens within these, and so on down to single tokens (a Haar
+decomposition). The parts are orthogonal, so with E_k their sums of squares,
 
     n_ij = n_i n_j / N + Σ_k ⟨part k of i, part k of j⟩
 
-and if the parts of one latent stood at random beside those of the other, as after a circular shift
-by many tokens, the sum would have mean 0 and variance Σ_k E_k(i) E_k(j) / d_k, where d_k is the number
-of independent parts of scale k. A latent that fires in a few documents alone has its sum of squares
-at the scales of a document, where d_k is small; so two such latents meet often by chance.
+and if the parts of one latent stood at random beside those of the other, as after a circular
+shift by many tokens, the sum would have mean 0 and variance Σ_k E_k(i) E_k(j) / d_k, where d_k is
+the number of independent parts of scale k. A latent that fires in a few documents alone has its
+sum of squares at the scales of a document, where d_k is small; so two such latents meet often by
+chance.
 """
 
 from typing import NamedTuple

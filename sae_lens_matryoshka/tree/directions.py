@@ -16,8 +16,8 @@ class Directions(NamedTuple):
     """Evidence of directions for pairs.
 
     Attributes:
-        rank: Place of the parent's decoder row among all rows but the child's own, ordered by cosine
-            with the child's direction; 1 is the nearest.
+        rank: Place of the parent's decoder row among all rows but the child's own, ordered by
+            cosine with the child's direction; 1 is the nearest.
         presence: How far activations go along the parent's decoder row where the child fires: 0 is
             the mean of all tokens, 1 the mean of those where the parent fires.
     """

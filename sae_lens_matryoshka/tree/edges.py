@@ -30,8 +30,8 @@ class Rules:
         edges: "tested", or "coverage" for the first condition alone.
         min_coverage: Least coverage, P(parent | child), of a pair that is tested.
         min_excess: How far, from chance (0) to certainty (1), the lower end of the interval of the
-            coverage has to be: (coverage − rate) / (1 − rate), where the rate is the parent's on all
-            tokens, and again where it is that near the child (`tree.nearby`).
+            coverage has to be: (coverage − rate) / (1 − rate), where the rate is the parent's on
+            all tokens, and again where it is that near the child (`tree.nearby`).
         min_presence: Least presence of the parent's direction where the child fires.
         max_rank: Greatest rank of the parent's decoder row by cosine with the child's direction.
         alpha: The p-value times the number of pairs looked at has to be below.

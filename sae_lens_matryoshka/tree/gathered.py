@@ -15,7 +15,7 @@ A shard holds, sorted by latent and then by row:
 and the sums hold
 
     sums       float32 (d_sae, d_in)            Σ x over the tokens where a latent fires
-    shifted    float32 (d_sae, d_in)            the same for latents shifted by the first shard's rows
+    shifted    float32 (d_sae, d_in)            the same in the shifted copy, `shifted_pieces`
     total      float64 (d_in,)                  Σ x over all tokens
 """
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import load_file, save
 from sae_lens import SAE, TrainingSAE
+from safetensors.numpy import load_file, save
 from scipy import sparse
 from tqdm.auto import tqdm
 from xxhash import xxh3_64

@@ -19,8 +19,8 @@ def summary_lines(tree: Tree) -> list[str]:
     )
     tested = s["n_shifted_tested"]
     return [
-        f"{s['n_tokens']:,} tokens, {s['n_latents']:,} latents, of which {s['n_dead']:,} never fire "
-        f"and {s['n_rare']:,} fire too rarely to be tested",
+        f"{s['n_tokens']:,} tokens, {s['n_latents']:,} latents, of which {s['n_dead']:,} never "
+        f"fire and {s['n_rare']:,} fire too rarely to be tested",
         f"{s['n_looked_at']:,} pairs of a parent ({parents}) and a rarer child; in "
         f"{s['n_tested']:,} the parent fires on at least "
         f"{tree.settings['rules']['min_coverage']:.0%} of the child's tokens; "
@@ -52,12 +52,12 @@ def family_lines(
         density = tree.latents.loc[parent, "density"]
         title = f"latent {parent}{name(parent)}: {density:.2%} of tokens, {len(children)} children"
         lines.append(title)
-        for edge in children[:n_children].itertuples():
-            lines.append(
-                f"    {edge.child}{name(edge.child)}: coverage {edge.coverage:.2f} "
-                f"[{edge.coverage_low:.2f}, {edge.coverage_high:.2f}], lift {edge.lift:.1f}, "
-                f"presence {edge.presence:.2f}"
-            )
+        lines += [
+            f"    {edge['child']}{name(edge['child'])}: coverage {edge['coverage']:.2f} "
+            f"[{edge['coverage_low']:.2f}, {edge['coverage_high']:.2f}], lift {edge['lift']:.1f}, "
+            f"presence {edge['presence']:.2f}"
+            for edge in children[:n_children].to_dict("records")
+        ]
     return lines
 
 
