@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 from sae_lens_matryoshka.activations.shards import Activations, open_activations
+from sae_lens_matryoshka.levels.stats import token_ids
 
 _BLOCKS_PER_BATCH = 8
 
@@ -77,7 +78,9 @@ class ModelOnTexts:
     """
 
     def __init__(self, sae: SAE[Any], model: Any, store: ActivationsStore, name: str):
-        self._sae, self._model, self._store = sae, model, store
+        self._sae, self._store = sae, store
+        # which `from_sae` leaves out
+        self._excluded = token_ids(sae.cfg.metadata.exclude_special_tokens, model)
         self.settings = {
             "dataset": name,
             "model": sae.cfg.metadata.model_name,
@@ -110,10 +113,8 @@ class ModelOnTexts:
                 f"the width of this SAE, d_in={self._sae.cfg.d_in}: {error}."
             ) from error
         places = torch.arange(tokens.numel()).view_as(tokens)[:, slice(*store.seqpos_slice)]
-        kept = torch.ones_like(places, dtype=torch.bool)
-        if store.exclude_special_tokens is not None:
-            seen = tokens[:, slice(*store.seqpos_slice)].cpu()
-            kept = ~torch.isin(seen, store.exclude_special_tokens.cpu())
+        seen = tokens[:, slice(*store.seqpos_slice)].cpu()
+        kept = ~torch.isin(seen, self._excluded)
         return Batch(
             x[kept.to(x.device)].float(),
             tokens.cpu().numpy().astype(np.int32),

@@ -12,9 +12,9 @@ WIDTHS = [1, 5, 8]
 D_IN = 12
 
 
-def exact_sae(d_sae: int, widths: list[int] | None = None) -> JumpReLUSAE:
+def exact_sae(d_sae: int, widths: list[int] | None = None, d_in: int = D_IN) -> JumpReLUSAE:
     """An SAE whose latent j fires with activation a where x has a > 0.5 in dimension j."""
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=d_sae, apply_b_dec_to_input=False))
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=False))
     with torch.no_grad():
         for name in ("W_enc", "W_dec"):
             getattr(sae, name).copy_(torch.eye(*getattr(sae, name).shape))
