@@ -91,9 +91,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     for field in fields(Options):
         is_int = isinstance(field.default, int)
-        parser.add_argument(
-            f"--{field.name}", type=int if is_int else str, default=field.default
-        )
+        parser.add_argument(f"--{field.name}", type=int if is_int else str, default=field.default)
     parser.add_argument("--one", help="measure this setting here, and print it")
     args = vars(parser.parse_args())
     one = args.pop("one")

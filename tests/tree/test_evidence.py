@@ -130,9 +130,7 @@ def clustered(n_tokens: int, p: float, p_document: float, run: int, rng) -> np.n
     return np.repeat(starts, run) & np.repeat(has, 128)
 
 
-@pytest.mark.parametrize(
-    ("p_document", "run"), [(1.0, 1), (1.0, 4), (0.05, 1), (0.05, 4)], ids=str
-)
+@pytest.mark.parametrize(("p_document", "run"), [(1.0, 1), (1.0, 4), (0.05, 1), (0.05, 4)], ids=str)
 def test_p_values_of_independent_latents(p_document, run, tmp_path):
     """Latents that cluster, but independently: p-values are no smaller than uniform ones."""
     rng = np.random.default_rng(0)
