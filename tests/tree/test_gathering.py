@@ -111,7 +111,7 @@ def test_a_full_disk(x, tmp_path, monkeypatch):
         write(path, tensors)
 
     monkeypatch.setattr(gathering, "_write", full)
-    with pytest.raises(OSError, match="No space left.* The 1 shards before are whole; the same"):
+    with pytest.raises(OSError, match=r"No space left.* The 1 shards before are whole; the same"):
         gathered_in(tmp_path / "g", x)
     index = json.loads((tmp_path / "g" / "index.json").read_text())
     assert len(index["shards"]) == 1

@@ -171,6 +171,7 @@ def test_another_models_width(data):
 def test_a_data_set_that_does_not_exist(sae):
     with pytest.raises(ValueError, match="dataset='no/where' can't be read"):
         build_tree(sae, tiny_model(), "no/where", 2000)
-    with pytest.raises(ValueError, match="the model has no hook 'blocks.9.hook_x'"):
-        metadata = SAEMetadata(hook_name="blocks.9.hook_x", context_size=N_CTX, prepend_bos=False)
-        build_tree(jumprelu(D_MODEL, [4], metadata=metadata), tiny_model(), token_dataset(10))
+    metadata = SAEMetadata(hook_name="blocks.9.hook_x", context_size=N_CTX, prepend_bos=False)
+    other = jumprelu(D_MODEL, [4], metadata=metadata)
+    with pytest.raises(ValueError, match=r"the model has no hook 'blocks\.9\.hook_x'"):
+        build_tree(other, tiny_model(), token_dataset(10))
