@@ -16,6 +16,7 @@ from sae_lens_matryoshka.tree import examples as examples_module
 from sae_lens_matryoshka.tree.examples import Examples, contexts_of, find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
 from tests.levels.test_stats import jumprelu
+from tests.steps import spread
 from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
 HOOK, N_PROMPTS, EXCLUDED = "blocks.1.hook_resid_pre", 64, [3, 7]
@@ -150,6 +151,7 @@ def test_a_training_sae_is_taken_as_it_is_saved(data):
     torch.manual_seed(0)
     cfg = MatryoshkaTrainingSAEConfig(d_in=D_MODEL, d_sae=40, k=4, matryoshka_widths=[4, 12, 40])
     training = MatryoshkaTrainingSAE(cfg)
+    spread(training)
     with torch.no_grad():
         training.topk_threshold.fill_(0.5)
     x = torch.randn(3000, D_MODEL)
