@@ -48,7 +48,7 @@ def folder(sae, data, tmp_path_factory) -> Path:
 
 def expected_rows(sae: JumpReLUSAE, data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, their prompts and codes, of the tokens that training would see."""
-    tokens = torch.tensor(data["tokens"])
+    tokens = torch.tensor(data.with_format(None)[:]["tokens"])
     x = tiny_model().run_with_cache(tokens, names_filter=[HOOK])[1][HOOK][:, 1:]
     seen = tokens[:, 1:]
     kept = ~torch.isin(seen, torch.tensor(EXCLUDED))
@@ -133,7 +133,7 @@ def test_contexts(sae, data, folder):
     tokens = np.array([0, 1234, 3999])
     shown, values = contexts_of(gathered, latent, tokens, before=2, after=3)
     assert shown.shape == values.shape == (3, 6)
-    all_tokens = np.array(data["tokens"])
+    all_tokens = np.array(data.with_format(None)[:]["tokens"])
     for row, token in enumerate(tokens):
         assert shown[row, 2] == ids[token]
         assert values[row, 2] == pytest.approx(codes[token, latent], rel=1e-4)
