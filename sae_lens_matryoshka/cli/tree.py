@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
     tokenizer = getattr(data.get("model"), "tokenizer", None)
-    names = [words_of(gathered, examples, tokenizer.decode)] if tokenizer else []
-    families = family_lines(tree, *names)
+    if tokenizer:
+        families = family_lines(tree, words_of(gathered, examples, tokenizer.decode))
+    else:
+        families = family_lines(tree)
     print("\n" + ("\n".join(families) or "No edge passed."))
     print(f"\n{out} has tree.json, examples.safetensors and gathered/: docs/tree.md.")
     return 0

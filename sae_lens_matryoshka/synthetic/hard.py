@@ -110,10 +110,12 @@ def _features() -> _Features:
     for i, p in enumerate(_between(0.02, 0.08, _N_TREES)):
         # as frequent over all documents, whether or not in some alone
         root = HierarchyNode(add(p / _P_TOPIC, i % _N_TOPICS) if i % 2 else add(p))
+        children = []
         for _ in range(_CHILDREN):
             child = HierarchyNode(add(_P_CHILD))
             child.children = [HierarchyNode(add(_P_GRANDCHILD)) for _ in range(_GRANDCHILDREN)]
-            root.children.append(child)
+            children.append(child)
+        root.children = children
         features.roots.append(root)
     for group in range(_N_GROUPS):
         for p in _between(0.01, 0.04, _GROUP):

@@ -192,7 +192,7 @@ def compare(
     edges: pd.DataFrame,
     feature_of: Int[np.ndarray, " d_sae"],
     parent_of: Int[np.ndarray, " n_features"],
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Compare edges with the true hierarchy; `TreeScore` says how.
 
     Args:

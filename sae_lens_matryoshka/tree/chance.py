@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse, stats
 
-from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.gathered import Gathered, SparseArray
 
 _FACTOR = 4  # between the block sizes of neighbouring scales
 
@@ -97,7 +97,7 @@ def p_values(
     return p
 
 
-def _merged(codes: sparse.csc_array) -> sparse.csc_array:
+def _merged(codes: SparseArray) -> SparseArray:
     """Counts in blocks of `_FACTOR` rows each."""
     n_blocks = -(-codes.shape[0] // _FACTOR)
     merged = sparse.csc_array(

@@ -1,6 +1,7 @@
 """Edges from parent to child, with their evidence and the rules that they have to pass."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from sae_lens_matryoshka.tree.coactivation import (
     frequent_pairs,
 )
 from sae_lens_matryoshka.tree.directions import direction_evidence, means_of
-from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.gathered import Gathered, SparseArray
 from sae_lens_matryoshka.tree.nearby import nearby_rate
 
 RULES = ("tested", "coverage")
@@ -158,7 +159,8 @@ def _direct(edges: pd.DataFrame, d_sae: int) -> Bool[np.ndarray, " edges"]:
     passed = edges["passed"].to_numpy()
     pairs = Pairs(*(edges[name].to_numpy() for name in ("parent", "child", "n_both")))
     parent, child = pairs.parent[passed], pairs.child[passed]
-    step = sparse.csr_array((np.ones(len(parent)), (parent, child)), shape=(d_sae, d_sae))
+    ones = np.ones(len(parent))
+    step = cast(SparseArray, sparse.csr_array((ones, (parent, child)), shape=(d_sae, d_sae)))
     longer = reached = (step @ step).astype(bool)
     while reached.nnz:
         reached = (reached @ step).astype(bool)

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,6 +33,9 @@ from safetensors.numpy import load_file
 from scipy import sparse
 
 from sae_lens_matryoshka.util.files import atomic_file
+
+# scipy.sparse has no types, and those that pyright infers are wrong
+SparseArray: TypeAlias = Any
 
 INDEX_FILENAME = "index.json"
 _FORMAT_VERSION = 1
@@ -123,8 +126,8 @@ class Gathered:
         self.n_tokens = sum(shard.n_rows for shard in self.index.shards)
         self.d_sae = self.index.d_sae
 
-    def codes(self, shard: int) -> sparse.csc_array:
-        """The codes of a shard, (n_rows, d_sae)."""
+    def codes(self, shard: int) -> SparseArray:
+        """The codes of a shard, a csc_array (n_rows, d_sae)."""
         return read_codes(self.folder, self.index, shard)
 
     def activations_of(self, latent: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
@@ -173,7 +176,8 @@ class Gathered:
     @cached_property
     def counts(self) -> Int[np.ndarray, " d_sae"]:
         """Number of tokens where each latent fires."""
-        return sum(np.diff(self._tensor(i, "starts")) for i in range(len(self.index.shards)))  # type: ignore[return-value]
+        of_shards = (np.diff(self._tensor(i, "starts")) for i in range(len(self.index.shards)))
+        return sum(of_shards, start=np.zeros(self.d_sae, np.int64))
 
     @cached_property
     def sums(self) -> dict[str, np.ndarray]:
@@ -204,8 +208,8 @@ class Gathered:
             return file.get_tensor(name)
 
 
-def read_codes(folder: Path, index: Index, shard: int) -> sparse.csc_array:
-    """The codes of a shard, (n_rows, d_sae)."""
+def read_codes(folder: Path, index: Index, shard: int) -> SparseArray:
+    """The codes of a shard, a csc_array (n_rows, d_sae)."""
     entry = index.shards[shard]
     with _opened(folder / entry.name) as file:
         starts, rows, values = (file.get_tensor(name) for name in ("starts", "rows", "values"))

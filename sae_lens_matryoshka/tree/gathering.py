@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sae_lens_matryoshka.tree.gathered import (
     Gathered,
     Index,
     ShardEntry,
+    SparseArray,
     read_codes,
     shifted_pieces,
 )
@@ -119,7 +120,7 @@ def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], 
     for rows in x.split(max(1, _CHUNK_ELEMENTS // index.d_sae)):
         codes.append(encode(sae, rows))
         bar.update(len(rows))
-    shard = sparse.vstack(codes, format="csc")
+    shard = cast(SparseArray, sparse.vstack(codes, format="csc"))
     shard.sort_indices()
     n_rows, i = shard.shape[0], len(index.shards)
     tensors = {
@@ -127,11 +128,14 @@ def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], 
         "rows": shard.indices.astype(np.int32),
         "values": shard.data.astype(np.float32),
     }
-    if batches[0].tokens is not None:
-        n_tokens = np.cumsum([0, *(b.tokens.size for b in batches[:-1])])  # type: ignore[union-attr]
-        tensors["tokens"] = np.concatenate([b.tokens for b in batches])
+    texts = [b.tokens for b in batches if b.tokens is not None]
+    if texts:
+        positions = [b.positions for b in batches if b.positions is not None]
+        starts = np.cumsum([0, *(text.size for text in texts[:-1])])
+        tensors["tokens"] = np.concatenate(texts)
         tensors["positions"] = np.concatenate(
-            [b.positions + n for b, n in zip(batches, n_tokens, strict=True)], dtype=np.int32
+            [places + start for places, start in zip(positions, starts, strict=True)],
+            dtype=np.int32,
         )
     entry = ShardEntry(f"{i:05}.safetensors", n_rows, len(batches))
     grown = replace(index, sums=f"sums-{i + 1:05}.safetensors", shards=[*index.shards, entry])
@@ -162,9 +166,10 @@ def encode(sae: SAE[Any], x: Float[torch.Tensor, "rows d_in"]) -> sparse.csr_arr
 
 
 def _new_sums(
-    folder: Path, before: Index, after: Index, codes: sparse.csc_array, x: torch.Tensor
+    folder: Path, before: Index, after: Index, codes: SparseArray, x: torch.Tensor
 ) -> dict[str, np.ndarray]:
     """The sums with another shard's, whose activations are `x`."""
+    sums: dict[str, np.ndarray]
     if before.sums:
         sums = load_file(folder / before.sums)
     else:
@@ -185,7 +190,7 @@ def _new_sums(
     return sums
 
 
-def _sums_where_firing(codes: sparse.csc_array, x: torch.Tensor) -> Float[np.ndarray, "d_sae d_in"]:
+def _sums_where_firing(codes: SparseArray, x: torch.Tensor) -> Float[np.ndarray, "d_sae d_in"]:
     """Σ x over the rows where each latent fires."""
     starts, rows = (torch.from_numpy(a.astype(np.int64)) for a in (codes.indptr, codes.indices))
     with warnings.catch_warnings():

@@ -95,9 +95,8 @@ class Tree:
     def to_networkx(self) -> nx.DiGraph:
         """The passed edges, from parent to child, over all latents, with their evidence."""
         graph = nx.DiGraph()
-        graph.add_nodes_from(
-            (int(latent), row) for latent, row in self.latents.to_dict("index").items()
-        )
+        rows = self.latents.to_dict("records")
+        graph.add_nodes_from(zip(self.latents.index.tolist(), rows, strict=True))
         for row in self.edges[self.edges["passed"]].to_dict("records"):
             graph.add_edge(row.pop("parent"), row.pop("child"), **row)
         return graph
