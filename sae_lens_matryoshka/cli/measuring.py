@@ -14,7 +14,7 @@ from sae_lens.load_model import load_model
 
 from sae_lens_matryoshka.activations.batches import rows_per_buffer
 from sae_lens_matryoshka.activations.index import BLOCK_ROWS
-from sae_lens_matryoshka.activations.shards import open_activations
+from sae_lens_matryoshka.activations.shards import Activations, open_activations
 from sae_lens_matryoshka.hub.formats import read_pickle
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import (
@@ -71,7 +71,7 @@ def measure(
                 f"the metadata of this SAE has no {name}, so its model can't be run: measure it "
                 "with --activations."
             )
-    model = _load_model(sae, args)
+    model = load_model_of(sae, args)
     try:
         store = ActivationsStore.from_sae(
             model,
@@ -92,7 +92,13 @@ def measured_on(args: argparse.Namespace) -> str:
     return args.activations.name if args.activations else args.dataset or "nothing"
 
 
-def _load_model(sae: SAE[Any], args: argparse.Namespace) -> Any:
+def load_model_of(sae: SAE[Any], args: argparse.Namespace) -> Any:
+    """The model of an SAE, or --model, as SAELens loads it.
+
+    Raises:
+        ValueError: no model is named, it is not known, or it lacks the SAE's hook.
+        OSError: it can't be loaded.
+    """
     metadata = sae.cfg.metadata
     name = args.model or metadata.model_name
     if name is None:
@@ -116,13 +122,18 @@ def _load_model(sae: SAE[Any], args: argparse.Namespace) -> Any:
     return model
 
 
-def _read_activations(path: Path, sae: SAE[Any]) -> Iterator[torch.Tensor]:
+def open_given(path: Path, sae: SAE[Any]) -> Activations:
+    """Open --activations for an SAE; ValueError if they can't be read."""
     source: Any = path
     if path.suffix == ".pt" and not path.is_dir():
         source = list(read_pickle(path).values())
         if len(source) != 1:
             raise ValueError(f"{path} holds {len(source)} tensors: give one of activations.")
-    activations = open_activations(source, sae.cfg.metadata.hook_name)
+    return open_activations(source, sae.cfg.metadata.hook_name)
+
+
+def _read_activations(path: Path, sae: SAE[Any]) -> Iterator[torch.Tensor]:
+    activations = open_given(path, sae)
     # as many batches as a standard error of L0 needs, or more where they would not fit in memory
     n_rows = min(activations.n_rows // _N_BATCHES, rows_per_buffer(activations.d_in))
     return activations.chunks(max(1, n_rows // BLOCK_ROWS))

@@ -88,8 +88,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
 
 
-def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """Add the options for loading an SAE, and for the activations to measure its levels on."""
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options for loading an SAE, and for the activations to look at."""
     add_widths(parser)
     add = parser.add_argument
     add(
@@ -101,10 +101,26 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     add("--dataset", help="a dataset of texts or tokens, to run through the SAE's model")
     add("--model", help="the model's name, if the SAE's config has none")
-    count: dict[str, Any] = {"type": positive_integer, "metavar": "N"}
-    add("--n-batches", default=10, help="batches to run (default: %(default)s)", **count)
-    add("--batch-size-prompts", default=16, help="prompts in each (default: %(default)s)", **count)
+    add(
+        "--batch-size-prompts",
+        type=positive_integer,
+        default=16,
+        metavar="N",
+        help="prompts that the model runs at a time (default: %(default)s)",
+    )
     add_device(parser)
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `add_data`, and how many batches to measure levels on."""
+    add_data(parser)
+    parser.add_argument(
+        "--n-batches",
+        type=positive_integer,
+        default=10,
+        metavar="N",
+        help="batches of prompts to run (default: %(default)s)",
+    )
 
 
 def exit_on_sigterm() -> None:

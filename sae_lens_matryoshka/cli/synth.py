@@ -23,9 +23,10 @@ def add_parser(commands: Any) -> None:
         help="compare SAEs where the true features are known",
         description="Train SAEs on synthetic activations and score them against the true features. "
         "toy is the tree of the Matryoshka paper, synthsaebench is SynthSAEBench, of 2,000 "
-        "(small) or 16,384 features (full). SAEs already in the folder are not trained again.",
+        "(small) or 16,384 features (full), hard a world in which latents fire together for many "
+        "reasons. SAEs already in the folder are not trained again.",
     )
-    parser.add_argument("benchmark", choices=["toy", "synthsaebench"])
+    parser.add_argument("benchmark", choices=["toy", "synthsaebench", "hard"])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument(
         "--scale", choices=["small", "full"], help="synthsaebench's (default: small)"
@@ -60,6 +61,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--lr", type=positive_number, help="learning rate")
     parser.add_argument("--k", type=positive_number, help="mean L0 of the BatchTopK SAEs")
     parser.add_argument(
+        "--tree",
+        action="store_true",
+        help="also build the tree of each SAE, and compare it with the true hierarchy",
+    )
+    parser.add_argument(
         "--jobs", type=positive_integer, metavar="N", help="processes (default: cores; 1 on a GPU)"
     )
     add_device(parser)
@@ -68,6 +74,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from sae_lens_matryoshka.synthetic.hard import HARD
     from sae_lens_matryoshka.synthetic.models import SYNTHSAEBENCH, TOY
     from sae_lens_matryoshka.synthetic.randomness import MAX_SEED
     from sae_lens_matryoshka.synthetic.report import write_report
@@ -78,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens_matryoshka.util.devices import check_device
     from sae_lens_matryoshka.util.files import check_writable
 
-    is_toy = args.benchmark == "toy"
-    if is_toy and args.scale is not None:
-        raise ValueError(f"--scale {args.scale} is not accepted: toy has one size.")
-    benchmark = TOY if is_toy else SYNTHSAEBENCH[args.scale or "small"]
+    one_size = {"toy": TOY, "hard": HARD}
+    if args.benchmark in one_size and args.scale is not None:
+        raise ValueError(f"--scale {args.scale} is not accepted: {args.benchmark} has one size.")
+    benchmark = one_size.get(args.benchmark) or SYNTHSAEBENCH[args.scale or "small"]
     given = {"n_samples": args.samples, "lr": args.lr, "k": args.k}
     benchmark = replace(benchmark, **{k: value for k, value in given.items() if value is not None})
     batch = benchmark.batch_size
@@ -103,9 +110,16 @@ def run(args: argparse.Namespace) -> int:
         print(stopped, file=sys.stderr)
         raise
     order = [variant.name for variant in variants]
-    files = write_report(read_results(out), out, order, benchmark)
-    table = (out / files[0]).read_text()
-    print(f"\n{table}\n{out} has {', '.join(files)}, and the SAEs in runs/.")
+    results = read_results(out)
+    files = write_report(results, out, order, benchmark)
+    print(f"\n{(out / files[0]).read_text()}")
+    if args.tree:
+        from sae_lens_matryoshka.synthetic.trees import score_trees, write_tree_report
+
+        tree_files = write_tree_report(score_trees(benchmark, results, out, args.device), out)
+        files += tree_files
+        print((out / tree_files[0]).read_text())
+    print(f"{out} has {', '.join(files)}, and the SAEs in runs/.")
     return 0
 
 

@@ -158,7 +158,7 @@ def measure_levels_in_model(
         ValueError: as `measure_levels`.
     """
     excluded = sae.cfg.metadata.exclude_special_tokens or False
-    not_trained_on, not_counted = (_token_ids(e, model) for e in (excluded, excluded or True))
+    not_trained_on, not_counted = (token_ids(e, model) for e in (excluded, excluded or True))
     nested = _levels_on_flat_activations(sae)
     variances = [ExplainedVarianceCalculator() for _ in nested]
     losses = torch.zeros(2 + len(nested), dtype=torch.float64)
@@ -224,7 +224,7 @@ def _levels_on_flat_activations(sae: SAE[Any]) -> list[SAE[Any]]:
     return nested
 
 
-def _token_ids(excluded: bool | Iterable[int], model: Any) -> Int[torch.Tensor, " n"]:
+def token_ids(excluded: bool | Iterable[int] | None, model: Any) -> Int[torch.Tensor, " n"]:
     """The tokens to exclude; True means every special token of the model's tokenizer."""
     if excluded is True:
         excluded = get_special_token_ids(model.tokenizer)

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     SAMPLES = 1  # 0 is left to models, which use the seed itself
     SAE = 2
     SCORING = 3
+    TREE = 4
 
 
 class RandomStream:

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-COMMANDS = ("train", "cache", "levels", "eval", "synth", "publish", "demo")
+COMMANDS = ("train", "cache", "levels", "tree", "eval", "synth", "publish", "demo")
 ANSWERS = {  # the first word, the rest, and the answer
     "--help": "usage: sae-matryoshka",
     "--version": "sae-matryoshka 0.",
-    "trian": "error: 'trian' is not a command (train, cache, levels, eval, synth, publish, demo); ",
+    "trian": "error: 'trian' is not a command (train, cache, levels, tree, eval, synth, publish, "
+    "demo); ",
     "--hepl": "error: '--hepl' is not a command",
     "": "error: the following arguments are required: COMMAND",
     **{f"{name} --help": f"usage: sae-matryoshka {name}" for name in COMMANDS if name != "train"},

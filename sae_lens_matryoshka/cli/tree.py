@@ -1,0 +1,89 @@
+"""`sae-matryoshka tree`: which latents of an SAE specialise which."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sae_lens_matryoshka.cli.options import add_data, exit_on_sigterm, positive_integer
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "tree",
+        help="find which latents specialise which",
+        description="Find which latents of an SAE specialise which, and test it: docs/tree.md. An "
+        "interrupted command resumes.",
+    )
+    add = parser.add_argument
+    add("release_or_dir", help="a folder, or a release or repository and SAE_ID")
+    add("sae_id", nargs="?", help="its id in the release or repository")
+    add_data(parser)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the tree goes")
+    add(
+        "--tokens",
+        type=positive_integer,
+        default=1_000_000,
+        metavar="N",
+        help="how many to look at, at most (default: %(default)s)",
+    )
+    add(
+        "--edges",
+        choices=["tested", "coverage"],
+        default="tested",
+        help="coverage: only P(parent | child), without the other tests (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if not args.activations and not args.dataset:
+        raise ValueError("a tree needs activations: give --activations or --dataset.")
+    out: Path = args.out
+    known = {"gathered", "tree.json", "examples.safetensors"}
+    if out.is_dir() and {file.name for file in out.iterdir()} - known:
+        raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
+
+    from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
+    from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.tree import build_tree
+    from sae_lens_matryoshka.tree.examples import find_examples
+    from sae_lens_matryoshka.tree.gathered import Gathered
+    from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
+    from sae_lens_matryoshka.util.files import check_writable
+
+    check_measuring(args)
+    check_writable("--out", out)
+    widths, device = args.matryoshka_widths, args.device
+    sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
+    data: dict[str, Any]
+    if args.activations:
+        data = {"activations": open_given(args.activations, sae)}
+    else:
+        data = {"model": load_model_of(sae, args), "dataset": args.dataset}
+        data["batch_size_prompts"] = args.batch_size_prompts
+    exit_on_sigterm()
+    try:
+        tree = build_tree(
+            sae, n_tokens=args.tokens, edges=args.edges, folder=out / "gathered", **data
+        )
+        gathered = Gathered(out / "gathered")
+        examples = find_examples(gathered)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nStopped. The same command resumes from what is in {out}.", file=sys.stderr)
+        raise
+    examples.save(out / "examples.safetensors")
+    tree.save(out / "tree.json")
+    if not tree.settings["rules"]["parents_by_level"]:
+        print("This SAE has no levels: a parent is any latent that fires more often.\n")
+    print("\n".join(summary_lines(tree)))
+    tokenizer = getattr(data.get("model"), "tokenizer", None)
+    if tokenizer:
+        families = family_lines(tree, words_of(gathered, examples, tokenizer.decode))
+    else:
+        families = family_lines(tree)
+    print("\n" + ("\n".join(families) or "No edge passed."))
+    print(f"\n{out} has tree.json, examples.safetensors and gathered/: docs/tree.md.")
+    return 0

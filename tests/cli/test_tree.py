@@ -1,0 +1,74 @@
+"""The command `tree`: what it prints and writes, and how it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lens_matryoshka import cli
+from sae_lens_matryoshka.tree import Tree
+from sae_lens_matryoshka.tree.examples import Examples
+from sae_lens_matryoshka.tree.gathered import Gathered
+from tests.cli.conftest import Refusal
+from tests.tree.worlds import CHILD, D_IN, PARENT, WIDTHS, exact_sae, small_world
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAEs with and without levels, and activations, in the folder that the test is in."""
+    monkeypatch.chdir(tmp_path)
+    exact_sae(8, WIDTHS).save_model("sae")
+    exact_sae(8).save_model("plain")
+    np.save("x.npy", small_world(6000).numpy())
+
+
+def test_it_writes_a_tree(capsys):
+    command = ["tree", "sae", "--activations", "x.npy", "--out", "out"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "6,000 tokens, 8 latents, of which 1 never fire and 0 fire too rarely" in out
+    assert "pairs of a parent (of an inner level) and a rarer child" in out
+    assert "latent 0: 19." in out
+    assert f"    {CHILD}: coverage 1.00 [0.99, 1.00], lift 5." in out
+    assert "This SAE has no levels" not in out
+    assert {path.name for path in Path("out").iterdir()} == {
+        "tree.json",
+        "examples.safetensors",
+        "gathered",
+    }
+    tree = Tree.load("out/tree.json")
+    assert tree.children(PARENT)[0] == CHILD
+    examples = Examples.load("out/examples.safetensors")
+    assert examples.top_tokens.shape == (8, 20)
+    assert Gathered("out/gathered").n_tokens == 6000
+    assert cli.main(command) == 0  # again, from what was gathered
+    assert capsys.readouterr().out == out
+
+
+def test_without_levels_it_goes_by_frequency(capsys):
+    assert cli.main(["tree", "plain", "--activations", "x.npy", "--out", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "This SAE has no levels: a parent is any latent that fires more often." in out
+    assert "a parent (any more frequent)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sae", "--out", "out"], "a tree needs activations: give --activations or --dataset"),
+        (["sae", "--activations", "x.npy"], "the following arguments are required: --out"),
+        (["sae", "--activations", "x.npy", "--out", "x.npy"], "can't be written to"),
+        (["sae", "--activations", "x.npy", "--out", "sae"], "sae holds something else"),
+        (["sae", "--activations", "none.npy", "--out", "out"], "'none.npy' is not accepted"),
+        (["sae", "--activations", "x.npy", "--dataset", "y", "--out", "out"], "two ways"),
+        (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "0"], "argument --tokens"),
+        (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "90"], "90 tokens are too"),
+        (["sae", "--activations", "x.npy", "--out", "out", "--edges", "x"], "argument --edges"),
+        (["sae", "--activations", "wide.npy", "--out", "out"], "width 13, and this SAE takes d_in"),
+        (["sae", "--dataset", "y", "--out", "out"], "no model_name: give --model"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, refusal: Refusal):
+    np.save("wide.npy", torch.zeros(600, D_IN + 1).numpy())
+    assert message in refusal("tree", *words)

@@ -1,0 +1,131 @@
+"""The pass over the tokens, against dense arithmetic, interrupted and resumed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_lens_matryoshka.tree import build_tree, gathering
+from sae_lens_matryoshka.tree.gathered import Gathered, shifted_pieces
+from sae_lens_matryoshka.tree.gathering import gather
+from sae_lens_matryoshka.tree.sources import StoredActivations
+from tests.tree.worlds import exact_sae, small_world
+
+N_TOKENS, ROWS, N_SHARDS = 9000, 768, 12  # three blocks in each shard, and 552 rows in the last
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return small_world(N_TOKENS)
+
+
+def gathered_in(folder: Path, x: torch.Tensor) -> Gathered:
+    sae = exact_sae(8)
+    return gather(sae, StoredActivations(x, sae), folder, len(x))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    share=st.floats(0, 1),
+)
+def test_a_circular_shift_in_pieces(lengths: list[int], share: float) -> None:
+    n = sum(lengths)
+    shift = int(share * (n - 1))
+    starts = np.cumsum([0, *lengths[:-1]])
+    beside = np.full(n, -1)
+    for piece in shifted_pieces(lengths, shift):
+        first = starts[piece.shard] + piece.start
+        other = starts[piece.shifted_shard] + piece.shifted_start
+        assert piece.n_rows > 0
+        assert piece.start + piece.n_rows <= lengths[piece.shard]
+        assert piece.shifted_start + piece.n_rows <= lengths[piece.shifted_shard]
+        beside[first : first + piece.n_rows] = np.arange(other, other + piece.n_rows)
+    np.testing.assert_array_equal(beside, (np.arange(n) - shift) % n)
+
+
+def test_sums_and_codes_equal_dense_ones(x, tmp_path):
+    gathered = gathered_in(tmp_path / "g", x)
+    acts = exact_sae(8).encode(x).detach().numpy()
+    fires = (acts > 0).astype(np.float32)
+    assert [shard.n_rows for shard in gathered.index.shards] == [ROWS] * 11 + [552]
+    codes = np.concatenate([gathered.codes(i).toarray() for i in range(N_SHARDS)])
+    np.testing.assert_array_equal(codes, acts)
+    np.testing.assert_array_equal(gathered.counts, fires.sum(0))
+    np.testing.assert_allclose(gathered.sums["sums"], fires.T @ x.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(gathered.sums["total"], x.double().sum(0).numpy())
+    # rows from the first shard's end on, beside those that many rows before
+    shifted = fires[: N_TOKENS - ROWS].T @ x.numpy()[ROWS:]
+    np.testing.assert_allclose(gathered.sums["shifted"], shifted, rtol=1e-5, atol=1e-5)
+    tokens, values = gathered.activations_of(1)
+    np.testing.assert_array_equal(tokens, acts[:, 1].nonzero()[0])
+    np.testing.assert_array_equal(values, acts[tokens, 1])
+
+
+@pytest.mark.parametrize("n_written", [0, 1, 7, 12])
+def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
+    """Killed before any file, between the files of a shard, and after a whole one."""
+    whole = gathered_in(tmp_path / "whole", x)
+    write, left = gathering._write, iter(range(n_written))
+
+    def stop(path, tensors):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(gathering, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        gathered_in(tmp_path / "g", x)
+    with pytest.raises(ValueError, match="is not complete: run the same command again"):
+        Gathered(tmp_path / "g")
+    monkeypatch.setattr(gathering, "_write", write)
+    encoded = []
+    encode = gathering.encode
+    monkeypatch.setattr(gathering, "encode", lambda *args: encoded.append(1) or encode(*args))
+    again = gathered_in(tmp_path / "g", x)
+    assert len(encoded) == N_SHARDS - n_written // 2
+    assert again.index == whole.index
+    for name, values in whole.sums.items():
+        np.testing.assert_array_equal(again.sums[name], values)
+    for i in range(N_SHARDS):
+        np.testing.assert_array_equal(again.codes(i).toarray(), whole.codes(i).toarray())
+    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    # complete, nothing is encoded again
+    encoded.clear()
+    gathered_in(tmp_path / "g", x)
+    assert not encoded
+
+
+def test_a_full_disk(x, tmp_path, monkeypatch):
+    write, left = gathering._write, iter(range(3))
+
+    def full(path, tensors):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        write(path, tensors)
+
+    monkeypatch.setattr(gathering, "_write", full)
+    with pytest.raises(OSError, match=r"No space left.* The 1 shards before are whole; the same"):
+        gathered_in(tmp_path / "g", x)
+    index = json.loads((tmp_path / "g" / "index.json").read_text())
+    assert len(index["shards"]) == 1
+
+
+def test_other_folders_are_refused(x, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(ValueError, match="holds something else: give a new or an empty folder"):
+        gathered_in(tmp_path / "other", x)
+    build_tree(exact_sae(8), activations=x, folder=tmp_path / "g")
+    with pytest.raises(ValueError, match="gathered with n_rows=9000, not 8000: give another"):
+        build_tree(exact_sae(8), activations=x[:8000], folder=tmp_path / "g")
+    other = exact_sae(8)
+    with torch.no_grad():
+        other.W_dec.mul_(2)
+    with pytest.raises(ValueError, match="gathered with other SAE: give another folder"):
+        build_tree(other, activations=x, folder=tmp_path / "g")
