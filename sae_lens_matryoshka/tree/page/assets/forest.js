@@ -158,7 +158,7 @@ function forestRow(latent, i) {
   } }, children && !forest.query ? (isOpen ? "▾" : "▸") : ""),
   h("span", { class: "dot" }),
   h("span", { class: "who" }, h("b", {}, latent), " ", nameOf(latent),
-    children ? h("span", { class: "quiet" }, ` ${children}`, h("span", { class: "sr" }, " children")) : null,
+    children ? h("span", { class: "quiet" }, ` · ${counted(children, "child", "children")}`) : null,
     forest.query && parent >= 0 ? h("span", { class: "quiet" }, " under ", parent, " ", nameOf(parent)) : null),
   h("span", { class: "cell covers" }, parent >= 0 ? [meter(index.coverage[latent]), percent(index.coverage[latent])] : ""),
   h("span", { class: "cell fires" }, percent(index.fired[latent] / index.summary.n_tokens)));
