@@ -84,4 +84,4 @@ def text_of_tokens(tokenizer: Any) -> TextOf:
 def naming_words(ids: Int[np.ndarray, " n"], text_of: TextOf, n_words: int = 5) -> list[str]:
     """The most frequent tokens among a latent's examples, without the spaces around them."""
     texts = (text_of(int(token)) for token in ids)
-    return [word for word, _ in Counter(t.strip() or t for t in texts).most_common(n_words)]
+    return [word for word, _ in Counter(t.strip(" ") or t for t in texts).most_common(n_words)]

@@ -32,7 +32,7 @@ function aboutView() {
       : h("p", { class: "warning" }, "Only coverage was asked for: these edges did not have to pass any other test."),
     h("p", {}, nullSentence()),
     h("p", { class: "quiet" }, "An edge says that one latent's tokens are nearly all tokens of another, and nothing about what they mean. " +
-      "Read the examples. “Evidence”, by which the forest is sorted, is the mutual information of the two firings in bits per token, summed over the children of a root."),
+      "Read the examples. In the forest a latent stands under its strongest parent alone; its own page lists all. “Evidence”, by which the forest is sorted, is the mutual information of the two firings in bits per token, summed over the children of a root."),
     h("h3", {}, "Latents that can't be tested"),
     h("p", {}, `${count(summary.n_dead)} never fire on these tokens; ${count(summary.n_rare)} fire on fewer than ${rules.min_firings}.`),
     h("h3", {}, "Keys"),

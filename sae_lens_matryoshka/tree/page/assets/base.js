@@ -121,7 +121,7 @@ function nameOf(latent) {
   if (labels[latent]) return h("bdi", { class: "label" }, labels[latent]);
   const words = index.words[latent] || [];
   if (!index.fired[latent]) return h("span", { class: "quiet" }, "never fires");
-  return h("span", { class: "words" }, words.map((word) => [h("bdi", {}, visible(word)), " "]));
+  return h("span", { class: "words" }, words.map((word) => [h("bdi", {}, visible(word).trim() || "␣"), " "]));
 }
 
 const badge = (latent) =>

@@ -44,7 +44,7 @@ function edgeRow(edge, parent, child, shown) {
   return h("details", { class: `edge ${colour(shown)}` },
     h("summary", {}, latentLink(shown),
       edge.passed ? null : h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`),
-      h("span", { class: "cell" }, meter(edge.coverage), percent(edge.coverage))),
+      h("span", { class: "cell" }, shareBar(edge.coverage))),
     h("p", { class: "quiet" }, `Evidence that ${child} specialises ${parent}:`),
     h("ul", { class: "tests" }, results.map(([ok, name, sentence]) =>
       h("li", { class: ok ? "ok" : "failed" }, h("b", {}, `${ok ? "✓" : "✗"} ${name}. `), sentence))),

@@ -100,7 +100,7 @@ function forestView() {
       h("label", {}, "sorted by ", order),
       h("label", {}, all, " latents without family too")),
     h("div", { class: "row heads", "aria-hidden": "true" }, h("span", { class: "levels" }, heads),
-      h("span", { class: "cell covers" }, "with parent"), h("span", { class: "cell fires" }, "fires on")),
+      h("span", { class: "cell kin" }, "children"), h("span", { class: "cell covers" }, "with parent"), h("span", { class: "cell fires" }, "fires on")),
     h("div", { id: "rows", role: "tree", tabindex: "0", "aria-label": "Latents", onscroll: drawRows, onkeydown: forestKey },
       h("div", { id: "space" })),
     h("p", { id: "found", class: "quiet", role: "status" }));
@@ -150,6 +150,7 @@ function forestRow(latent, i) {
     },
   },
   above.map((ancestor) => h("i", { class: `guide ${colour(ancestor)}`, style: `--column:${columnOf(ancestor)}` })),
+  above.length ? h("i", { class: `branch ${colour(parent)}`, style: `--from:${columnOf(parent)}` }) : null,
   h("span", { class: "caret", "aria-hidden": "true", onclick: (event) => {
     if (!children || forest.query) return;
     event.stopPropagation();
@@ -158,14 +159,16 @@ function forestRow(latent, i) {
   } }, children && !forest.query ? (isOpen ? "▾" : "▸") : ""),
   h("span", { class: "dot" }),
   h("span", { class: "who" }, h("b", {}, latent), " ", nameOf(latent),
-    children ? h("span", { class: "quiet" }, ` · ${counted(children, "child", "children")}`) : null,
     forest.query && parent >= 0 ? h("span", { class: "quiet" }, " under ", parent, " ", nameOf(parent)) : null),
-  h("span", { class: "cell covers" }, parent >= 0 ? [meter(index.coverage[latent]), percent(index.coverage[latent])] : ""),
+  h("span", { class: "cell kin" }, children ? [count(children), h("span", { class: "sr" }, " children")] : ""),
+  h("span", { class: "cell covers" }, parent >= 0 ? shareBar(index.coverage[latent]) : ""),
   h("span", { class: "cell fires" }, percent(index.fired[latent] / index.summary.n_tokens)));
 }
 
-const meter = (share) =>
-  h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: `width:${100 * share}%` }));
+const shareBar = (value) => [
+  h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: `width:${100 * value}%` })),
+  h("span", { class: "number" }, percent(value)),
+];
 
 function toggle(latent) {
   if (!forest.open.delete(latent)) forest.open.add(latent);
@@ -203,5 +206,9 @@ function reveal(latent) {
   if (!forest.query) ancestors(latent).forEach((ancestor) => forest.open.add(ancestor));
   refreshForest();
   const i = forest.rows.indexOf(latent);
-  if (i >= 0) setActive(i);
+  if (i < 0) return;
+  const box = scroller();
+  const isInSight = i * ROW >= box.scrollTop && (i + 1) * ROW <= box.scrollTop + box.clientHeight;
+  if (!isInSight) box.scrollTop = i * ROW - box.clientHeight / 2;
+  setActive(i);
 }

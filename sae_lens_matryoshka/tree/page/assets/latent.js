@@ -23,7 +23,7 @@ async function latentView(latent) {
     h("a", { class: "back", href: address(withoutLatent()) }, "‹ back"),
     h("h2", {}, badge(latent), `Latent ${latent}`),
     hasLevels() && h("p", { class: "quiet" }, levelTitle(levelOf(latent))),
-    h("p", { class: "big" }, (index.words[latent] || []).map((word) => [h("bdi", { class: "chip" }, visible(word)), " "])),
+    h("p", { class: "big" }, (index.words[latent] || []).map((word) => [h("bdi", { class: "chip" }, visible(word).trim() || "␣"), " "])),
     label,
     warnings(fired, n),
     h("p", {}, `Fires on ${percent(fired / n)} of the tokens (${count(fired)} of ${count(n)}).`,
@@ -64,12 +64,12 @@ function family(latent, detail) {
   if (parent >= 0)
     detailOf(parent).then((of) => {
       const others = of.children.filter((value) => edgeOf(value).other !== latent);
-      siblings.append(...group("Siblings", `children of ${parent} too`,
+      siblings.append(...group("Siblings", `Other children of ${parent}, its strongest parent.`,
         rows(others, (edge) => edgeRow(edge, parent, edge.other, edge.other))));
     }, showError);
   return h("div", { id: "family" },
-    group("Parents", "more general: they fire wherever this one does; the bar is how often", rows(passed, asParent)),
-    group("Children", "more special: this one fires wherever they do; the bar is how often", rows(detail.children, asChild)),
+    group("Parents", "More general: where this latent fires, they mostly do too. The bar shows how often.", rows(passed, asParent)),
+    group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often.", rows(detail.children, asChild)),
     siblings,
     passed.length || detail.children.length ? null
       : h("p", { class: "quiet" }, "No edge to or from this latent passed the tests."),

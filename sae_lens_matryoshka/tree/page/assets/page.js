@@ -42,7 +42,7 @@ function drawNav(isText) {
   document.getElementById("nav").replaceChildren(
     link("Forest", address(others), !isText),
     index.texts.length ? link("Texts", address({ ...others, text: 0 }), isText) : "",
-    link("What the numbers mean", address({ about: 1 }), false),
+    link("Guide", address({ about: 1 }), false),
     h("button", { onclick: exportLabels }, "Export labels"));
 }
 

@@ -12,7 +12,9 @@ async function textView(number, place) {
   const chosen = run.includes(place) ? place : undefined;
   const choose = (i) => location.replace(address({ ...base, token: i }));
   const gain = (shares, level) => shares[level] - (level ? shares[level - 1] : 0);
+  const largest = Math.max(1e-9, ...run.map((i) => gain(text.explained[i], textState.level)));
   const share = (i) => textState.level < 0 ? text.explained[i][nLevels - 1] : gain(text.explained[i], textState.level);
+  const shade = (i) => textState.level < 0 ? share(i) / 2 : share(i) / largest;
   const picker = h("select", { id: "texts", "aria-label": "Text", onchange: (event) => (location.hash = address({ ...base, text: event.target.value })) },
     index.texts.map((start, i) => h("option", { value: i, selected: i === number ? "" : undefined },
       `${i + 1}. ${visible(start).trim().slice(0, 60)}…`)));
@@ -32,12 +34,12 @@ async function textView(number, place) {
       if (i >= 0 && i < run.length) choose(run[i]);
     },
   }, text.tokens.map((token, i) => text.latents[i]
-    ? shaded(visible(token), share(i), i === chosen, `${percent(Math.max(0, share(i)))}`, { onclick: () => choose(i), "data-token": i })
+    ? shaded(visible(token), shade(i), i === chosen, `${percent(Math.max(0, share(i)))}`, { onclick: () => choose(i), "data-token": i })
     : h("span", { class: "quiet" }, visible(token))));
   return h("div", { id: "text" },
     h("div", { class: "tools" }, picker),
     h("p", { class: "quiet" }, "Each token is shaded by how much of its activation is explained: 1 − ‖x − x̂‖² / ‖x − mean‖², " +
-      "by all levels or by what one level adds. Click a token, or use the arrow keys."),
+      "by all levels, or by what one level adds, relative to the most. On grey tokens the SAE is not run. Click a token, or use the arrow keys."),
     h("div", { class: "tools", role: "group", "aria-label": "Shade by" }, chips),
     tokens,
     levelBars("This text", text.total),
