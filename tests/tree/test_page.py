@@ -16,7 +16,6 @@ from tokenizers.models import WordLevel
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
-from sae_lens_matryoshka.levels.slicing import set_widths
 from sae_lens_matryoshka.tree import Tree
 from sae_lens_matryoshka.tree.building import tree_of
 from sae_lens_matryoshka.tree.examples import find_examples
@@ -59,7 +58,8 @@ HOOK = "blocks.1.hook_resid_pre"
 class World:
     """The small world as a source of texts; the fox stands wherever the grandchild fires."""
 
-    settings: dict[str, Any] = {"dataset": "odd <b>texts</b>", "model": "tiny"}
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"dataset": "odd <b>texts</b>", "model": "tiny"}
 
     def batches(self, skip: int) -> Iterator[Batch]:
         x = small_world(N_TOKENS)
@@ -116,9 +116,10 @@ def odd(sae, tmp_path_factory) -> Path:
 
 
 class Arrays:
-    settings: dict[str, Any] = {"activations": "x"}
+    """Activations from memory, without texts."""
 
     def __init__(self, x: torch.Tensor):
+        self.settings: dict[str, Any] = {"activations": "x"}
         self._x = x
 
     def batches(self, skip: int) -> Iterator[Batch]:
@@ -170,7 +171,9 @@ def opened(browser: Browser) -> Iterator[Open]:
         contexts[-1].on(
             "request",
             lambda request: (
-                None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url)
+                None
+                if request.url.startswith(("file:", "data:", "blob:"))
+                else wrong.append(request.url)
             ),
         )
         page = contexts[-1].new_page()

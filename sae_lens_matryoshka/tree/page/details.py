@@ -68,7 +68,9 @@ class Details:
             words = Words()
             latents = [self._of_weights(latent, words) for latent in range(start, stop)]
             for latent, detail in enumerate(latents, start):
-                detail["mean"], detail["max"] = (rounded(column[latent]) for column in numbers.values())
+                detail["mean"], detail["max"] = (
+                    rounded(column[latent]) for column in numbers.values()
+                )
                 detail["parents"] = relations.parents.get(latent, [])
                 detail["children"] = relations.children.get(latent, [])
                 detail["histogram"] = self.examples.histogram[latent].tolist()
@@ -88,7 +90,10 @@ class Details:
     def _of_weights(self, latent: int, words: Words) -> dict[str, Any]:
         def tokens(nearest: Nearest) -> list[list[Any]]:
             texts = (words(self.text_of(token)) for token in nearest.indices[latent].tolist())
-            return [[w, round(v, 1)] for w, v in zip(texts, nearest.values[latent].tolist(), strict=True)]
+            return [
+                [w, round(v, 1)]
+                for w, v in zip(texts, nearest.values[latent].tolist(), strict=True)
+            ]
 
         near = zip(
             self.neighbours.indices[latent].tolist(),
@@ -115,7 +120,10 @@ class Details:
         rows = rows[rows >= 0]
         if self.corpus is None:
             values = activations.at(rows[:n_most])
-            return [[row, 0, [], [0, rounded(v)]] for row, v in zip(rows.tolist(), values.tolist())]
+            return [
+                [row, 0, [], [0, rounded(v)]]
+                for row, v in zip(rows.tolist(), values.tolist(), strict=True)
+            ]
         shown, seen = [], set()
         windows = self.corpus.windows(rows)
         ids = self.corpus.contexts.reshape(-1)[windows]

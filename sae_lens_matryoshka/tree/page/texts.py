@@ -46,7 +46,7 @@ def texts_for_page(
         ids = corpus.contexts[i, :N_TOKENS]
         is_run = corpus.row_at_place[i * context : i * context + len(ids)] >= 0
         if is_run.any():
-            x = _activations(sae, model, ids)[is_run]
+            x = _activations(sae, model, ids)[torch.from_numpy(is_run)]
             texts.append(_text(sae, x, ids, is_run, mean, widths, text_of))
     return texts
 
@@ -67,7 +67,7 @@ def _text(
     variance = (x - mean.to(x.device)).square().sum(-1).cpu().numpy()
     explained = 1 - error / np.maximum(variance, 1e-12)
     total = 1 - error.sum(1) / max(variance.sum(), 1e-12)
-    latents: list[list[float] | None] = [None] * len(ids)
+    latents: list[list[float | None] | None] = [None] * len(ids)
     shares: list[list[float | None] | None] = [None] * len(ids)
     for row, place in enumerate(is_run.nonzero()[0].tolist()):
         own = codes[[row]].tocoo()

@@ -37,21 +37,29 @@ function tests(edge, parent, child) {
   ].slice(0, rules.edges === "tested" ? 5 : 1);
 }
 
-// A row that opens to its tests. `shown` is the parent or the child that it leads to.
+// A row that opens to its tests, which are written when it does. `shown` is the parent or the child
+// that it leads to.
 function edgeRow(edge, parent, child, shown) {
-  const results = tests(edge, parent, child);
-  const failed = results.filter(([ok]) => !ok).map(([, name]) => name.toLowerCase());
-  return h("details", { class: `edge ${colour(shown)}` },
-    h("summary", {}, latentLink(shown),
-      edge.passed ? null : h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`),
-      h("span", { class: "cell" }, shareBar(edge.coverage))),
+  const failed = edge.passed ? [] : tests(edge, parent, child).filter(([ok]) => !ok).map(([, name]) => name.toLowerCase());
+  const row = h("details", { class: `edge ${colour(shown)}`, ontoggle: () => {
+    if (row.children.length === 1) row.append(...evidence(edge, parent, child));
+  } },
+  h("summary", {}, latentLink(shown),
+    failed.length ? h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`) : null,
+    h("span", { class: "cell" }, shareBar(edge.coverage))));
+  return row;
+}
+
+function evidence(edge, parent, child) {
+  return [
     h("p", { class: "quiet" }, `Evidence that ${child} specialises ${parent}:`),
-    h("ul", { class: "tests" }, results.map(([ok, name, sentence]) =>
+    h("ul", { class: "tests" }, tests(edge, parent, child).map(([ok, name, sentence]) =>
       h("li", { class: ok ? "ok" : "failed" }, h("b", {}, `${ok ? "✓" : "✗"} ${name}. `), sentence))),
     h("p", { class: "quiet" },
       `${child} fires on ${percent(edge.of_parent)} of the tokens of ${parent}. `,
       edge.passed && !edge.direct ? "Another passed way leads from one to the other, over latents between them. " : "",
-      nullSentence()));
+      nullSentence()),
+  ];
 }
 
 function nullSentence() {
