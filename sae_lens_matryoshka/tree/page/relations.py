@@ -42,7 +42,7 @@ class Relations:
         kept = passed | (edges[~passed].groupby("child").cumcount() < _N_FAILED).reindex(
             edges.index, fill_value=False
         )
-        edges = edges[kept]
+        edges = edges.loc[kept]
         columns = [
             edges[name].astype(int).tolist()
             if name in _INTEGERS
