@@ -1,5 +1,6 @@
 """One pass over the tokens: every shard is encoded, summed up and written, and the pass resumes."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,12 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
     batches = source.batches(sum(shard.n_batches for shard in index.shards))
     n_before = sum(shard.n_rows for shard in index.shards)
     with tqdm(
-        desc="Gathering", total=n_tokens, initial=n_before, unit=" tokens", unit_scale=True
+        desc="Gathering",
+        total=n_tokens,
+        initial=n_before,
+        unit=" tokens",
+        unit_scale=True,
+        leave=False,
     ) as bar:
         n_left = n_tokens - n_before
         while n_left > 0:
@@ -109,11 +115,10 @@ def _read(batches: Iterator[Batch], n_rows: int, n_most: int) -> list[Batch]:
 
 def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], bar: Any) -> Index:
     """Encode batches, and write their codes, the new sums, and last the index."""
-    codes = []
-    for batch in batches:
-        for x in batch.x.split(max(1, _CHUNK_ELEMENTS // index.d_sae)):
-            codes.append(encode(sae, x))
-            bar.update(len(x))
+    x, codes = torch.cat([batch.x for batch in batches]), []
+    for rows in x.split(max(1, _CHUNK_ELEMENTS // index.d_sae)):
+        codes.append(encode(sae, rows))
+        bar.update(len(rows))
     shard = sparse.vstack(codes, format="csc")
     shard.sort_indices()
     n_rows, i = shard.shape[0], len(index.shards)
@@ -133,7 +138,6 @@ def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], 
     assert grown.sums is not None
     try:
         _write(folder / entry.name, tensors)
-        x = torch.cat([batch.x for batch in batches])
         _write(folder / grown.sums, _new_sums(folder, index, grown, shard, x))
         grown.write(folder)
         if index.sums:
@@ -184,9 +188,11 @@ def _new_sums(
 def _sums_where_firing(codes: sparse.csc_array, x: torch.Tensor) -> Float[np.ndarray, "d_sae d_in"]:
     """Σ x over the rows where each latent fires."""
     starts, rows = (torch.from_numpy(a.astype(np.int64)) for a in (codes.indptr, codes.indices))
-    fires = torch.sparse_csr_tensor(
-        starts, rows, torch.ones(len(rows)), size=codes.shape[::-1], check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that sparse tensors are in beta state
+        fires = torch.sparse_csr_tensor(
+            starts, rows, torch.ones(len(rows)), size=codes.shape[::-1], check_invariants=False
+        )
     return (fires.to(x.device) @ x).cpu().numpy()
 
 

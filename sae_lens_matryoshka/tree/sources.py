@@ -13,8 +13,6 @@ from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 from sae_lens_matryoshka.activations.shards import Activations, open_activations
 from sae_lens_matryoshka.levels.stats import token_ids
 
-_BLOCKS_PER_BATCH = 8
-
 
 class Batch(NamedTuple):
     """Activations in the order of the data, with their texts if a model ran.
@@ -60,11 +58,8 @@ class StoredActivations:
         self.settings = {"activations": self._activations.name, "n_rows": self.n_rows}
 
     def batches(self, skip: int) -> Iterator[Batch]:
-        blocks = range(skip * _BLOCKS_PER_BATCH, len(self._activations.block_rows))
-        for start in blocks[::_BLOCKS_PER_BATCH]:
-            stop = min(start + _BLOCKS_PER_BATCH, blocks.stop)
-            rows = [self._activations.read_block(block) for block in range(start, stop)]
-            yield Batch(torch.cat(rows).float())
+        for block in range(skip, len(self._activations.block_rows)):
+            yield Batch(self._activations.read_block(block).float())
 
 
 class ModelOnTexts:

@@ -103,7 +103,7 @@ class Tree:
         return graph
 
     def save(self, path: Path | str) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file, whole or not at all, with six digits of each number."""
         values = {
             "format_version": _FORMAT_VERSION,
             "settings": dict(self.settings),
@@ -141,8 +141,10 @@ class Tree:
 
 
 def _columns(table: pd.DataFrame) -> dict[str, list[Any]]:
-    """The columns of a table for JSON, which has no NaN."""
-    return {
-        name: [None if value != value else value for value in column]
-        for name, column in table.to_dict("list").items()
-    }
+    """The columns of a table for JSON, which has no NaN, with six digits of each number."""
+    columns: dict[str, list[Any]] = {}
+    for name, column in table.to_dict("list").items():
+        if pd.api.types.is_float_dtype(table[name]):
+            column = [None if value != value else float(f"{value:.6g}") for value in column]
+        columns[str(name)] = column
+    return columns

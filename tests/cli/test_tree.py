@@ -30,7 +30,7 @@ def test_it_writes_a_tree(capsys):
     assert "6,000 tokens, 8 latents, of which 1 never fire and 0 fire too rarely" in out
     assert "pairs of a parent (of an inner level) and a rarer child" in out
     assert "latent 0: 19." in out
-    assert f"    {CHILD}: coverage 1.00 [1.00, 1.00], lift 5.1, presence 1.0" in out
+    assert f"    {CHILD}: coverage 1.00 [0.99, 1.00], lift 5." in out
     assert "This SAE has no levels" not in out
     assert {path.name for path in Path("out").iterdir()} == {
         "tree.json",
@@ -68,7 +68,7 @@ def test_without_levels_it_goes_by_frequency(capsys):
         (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "90"], "90 tokens are too"),
         (["sae", "--activations", "x.npy", "--out", "out", "--edges", "x"], "argument --edges"),
         (["sae", "--activations", "wide.npy", "--out", "out"], "width 13, and this SAE takes d_in"),
-        (["sae", "--dataset", "y", "--out", "out"], "no hook_name"),
+        (["sae", "--dataset", "y", "--out", "out"], "no model_name: give --model"),
     ],
 )
 def test_mistakes(words: list[str], message: str, refusal: Refusal):

@@ -107,7 +107,7 @@ def test_saved_and_loaded_it_is_the_same(tree, tmp_path):
         saved, read = getattr(tree, name), getattr(loaded, name)
         assert list(saved.columns) == list(read.columns)
         for column in saved:
-            np.testing.assert_array_equal(saved[column], read[column])
+            np.testing.assert_allclose(saved[column], read[column], rtol=1e-5)
     assert loaded.summary == tree.summary
     assert loaded.settings == tree.settings
     assert loaded.children(PARENT) == tree.children(PARENT)

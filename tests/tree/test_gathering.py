@@ -15,7 +15,7 @@ from sae_lens_matryoshka.tree.gathering import gather
 from sae_lens_matryoshka.tree.sources import StoredActivations
 from tests.tree.worlds import exact_sae, small_world
 
-N_TOKENS = 9000  # shards of 2,048 tokens, and a shorter one
+N_TOKENS, ROWS, N_SHARDS = 9000, 768, 12  # three blocks in each shard, and 552 rows in the last
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def test_sums_and_codes_equal_dense_ones(x, tmp_path):
     gathered = gathered_in(tmp_path / "g", x)
     acts = exact_sae(8).encode(x).detach().numpy()
     fires = (acts > 0).astype(np.float32)
-    assert [shard.n_rows for shard in gathered.index.shards] == [2048] * 4 + [808]
-    codes = np.concatenate([gathered.codes(i).toarray() for i in range(5)])
+    assert [shard.n_rows for shard in gathered.index.shards] == [ROWS] * 11 + [552]
+    codes = np.concatenate([gathered.codes(i).toarray() for i in range(N_SHARDS)])
     np.testing.assert_array_equal(codes, acts)
     np.testing.assert_array_equal(gathered.counts, fires.sum(0))
     np.testing.assert_allclose(gathered.sums["sums"], fires.T @ x.numpy(), rtol=1e-5)
     np.testing.assert_allclose(gathered.sums["total"], x.double().sum(0).numpy())
     # rows from the first shard's end on, beside those that many rows before
-    shifted = fires[: N_TOKENS - 2048].T @ x.numpy()[2048:]
+    shifted = fires[: N_TOKENS - ROWS].T @ x.numpy()[ROWS:]
     np.testing.assert_allclose(gathered.sums["shifted"], shifted, rtol=1e-5, atol=1e-5)
     tokens, values = gathered.activations_of(1)
     np.testing.assert_array_equal(tokens, acts[:, 1].nonzero()[0])
@@ -77,21 +77,20 @@ def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
         write(path, tensors)
 
     monkeypatch.setattr(gathering, "_write", stop)
-    if n_written < 10:
-        with pytest.raises(KeyboardInterrupt):
-            gathered_in(tmp_path / "g", x)
-        with pytest.raises(ValueError, match="is not complete: run the same command again"):
-            Gathered(tmp_path / "g")
+    with pytest.raises(KeyboardInterrupt):
+        gathered_in(tmp_path / "g", x)
+    with pytest.raises(ValueError, match="is not complete: run the same command again"):
+        Gathered(tmp_path / "g")
     monkeypatch.setattr(gathering, "_write", write)
     encoded = []
     encode = gathering.encode
     monkeypatch.setattr(gathering, "encode", lambda *args: encoded.append(1) or encode(*args))
     again = gathered_in(tmp_path / "g", x)
-    assert len(encoded) == 5 - (n_written // 2 if n_written < 10 else 0)
+    assert len(encoded) == N_SHARDS - n_written // 2
     assert again.index == whole.index
     for name, values in whole.sums.items():
         np.testing.assert_array_equal(again.sums[name], values)
-    for i in range(5):
+    for i in range(N_SHARDS):
         np.testing.assert_array_equal(again.codes(i).toarray(), whole.codes(i).toarray())
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()

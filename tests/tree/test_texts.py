@@ -16,6 +16,7 @@ from sae_lens_matryoshka.tree import examples as examples_module
 from sae_lens_matryoshka.tree.examples import Examples, contexts_of, find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
 from tests.levels.test_stats import jumprelu
+from tests.steps import spread
 from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
 HOOK, N_PROMPTS, EXCLUDED = "blocks.1.hook_resid_pre", 64, [3, 7]
@@ -47,7 +48,7 @@ def folder(sae, data, tmp_path_factory) -> Path:
 
 def expected_rows(sae: JumpReLUSAE, data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, their prompts and codes, of the tokens that training would see."""
-    tokens = torch.tensor(data["tokens"])
+    tokens = torch.tensor(data.with_format(None)[:]["tokens"])
     x = tiny_model().run_with_cache(tokens, names_filter=[HOOK])[1][HOOK][:, 1:]
     seen = tokens[:, 1:]
     kept = ~torch.isin(seen, torch.tensor(EXCLUDED))
@@ -132,7 +133,7 @@ def test_contexts(sae, data, folder):
     tokens = np.array([0, 1234, 3999])
     shown, values = contexts_of(gathered, latent, tokens, before=2, after=3)
     assert shown.shape == values.shape == (3, 6)
-    all_tokens = np.array(data["tokens"])
+    all_tokens = np.array(data.with_format(None)[:]["tokens"])
     for row, token in enumerate(tokens):
         assert shown[row, 2] == ids[token]
         assert values[row, 2] == pytest.approx(codes[token, latent], rel=1e-4)
@@ -150,6 +151,7 @@ def test_a_training_sae_is_taken_as_it_is_saved(data):
     torch.manual_seed(0)
     cfg = MatryoshkaTrainingSAEConfig(d_in=D_MODEL, d_sae=40, k=4, matryoshka_widths=[4, 12, 40])
     training = MatryoshkaTrainingSAE(cfg)
+    spread(training)
     with torch.no_grad():
         training.topk_threshold.fill_(0.5)
     x = torch.randn(3000, D_MODEL)
