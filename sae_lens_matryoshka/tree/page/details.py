@@ -119,7 +119,8 @@ class Details:
         """
         rows = rows[rows >= 0]
         if self.corpus is None:
-            values = activations.at(rows[:n_most])
+            rows = rows[:n_most]
+            values = activations.at(rows)
             return [
                 [row, 0, [], [0, rounded(v)]]
                 for row, v in zip(rows.tolist(), values.tolist(), strict=True)
