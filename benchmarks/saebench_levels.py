@@ -31,7 +31,7 @@ def seconds(demo: Path, levels: str) -> float:
     settings = [
         f"--{evaluation}.{name}={json.dumps(value)}"
         for evaluation in EVALS
-        for name, value in EVALUATIONS[evaluation].items()
+        for name, value in EVALUATIONS.get(evaluation, {}).items()
     ]
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()

@@ -4,7 +4,7 @@ Importing this package registers the training architectures `"matryoshka"`, `"ma
 `"matryoshka_jumprelu"`, at once or as soon as SAELens is imported. The public names are imported
 when they are first used, so that the command line answers quickly.
 
-It also adds SmolLM2-135M-Instruct to the models that TransformerLens knows by name.
+It also adds SmolLM2-135M-Instruct and the demo's model to those that TransformerLens knows by name.
 """
 
 import importlib
@@ -78,7 +78,7 @@ def _register(sae_lens: Any) -> None:
 @wrapt.when_imported("transformer_lens.supported_models")
 def _add_models(supported_models: Any) -> None:
     """Add models that HookedTransformer runs by their architecture and does not know by name."""
-    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct",):
+    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "sae-lens-matryoshka/tiny-gpt-neox"):
         if name not in supported_models.OFFICIAL_MODEL_NAMES:
             supported_models.OFFICIAL_MODEL_NAMES.append(name)
             supported_models.MODEL_ALIASES[name] = [name.rpartition("/")[2]]

@@ -1,4 +1,4 @@
-"""`sae-matryoshka demo`: train and evaluate on a small model."""
+"""`sae-matryoshka demo`: train on a tiny model, and show the SAE of a real one."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
-    text = "train and evaluate on a small model, offline"
+    text = "train and evaluate on a tiny model, then show an SAE of a real one"
     parser: argparse.ArgumentParser = commands.add_parser("demo", help=text, description=text)
     parser.add_argument("--out", type=Path, default=Path("demo_run"), help="the folder to write to")
     parser.add_argument("--seed", type=int, default=0)

@@ -122,9 +122,6 @@ def _train(
     options: Mapping[str, Any],
     command: list[str],
 ) -> int:
-    # PyTorch asks Linux for huge pages: each step allocates its gradients anew, and 4 KB at a time
-    # that took a quarter of a step
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from sae_lens_matryoshka.cli.sweep import train_and_compare

@@ -1,4 +1,4 @@
-"""The demo's own process: train two SAEs, evaluate them and every level, and report.
+"""The demo's own process: train two SAEs, evaluate every level, show the shipped SAE, and report.
 
 It runs in the demo's folder, where the model and the texts are found by relative names.
 """
@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset, load_dataset
 from jaxtyping import Float
 from sae_lens import (
-    SAE,
     ActivationsStore,
     BatchTopKTrainingSAEConfig,
     LanguageModelSAERunnerConfig,
@@ -29,10 +28,17 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.demo.corpus import documents
-from sae_lens_matryoshka.demo.report import Row, TextReconstruction, draw_levels, table
-from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_FOLDER
+from sae_lens_matryoshka.demo.real_text import show_shipped_sae
+from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
+from sae_lens_matryoshka.demo.report import (
+    Row,
+    draw_levels,
+    summary,
+    table,
+    table_on_real_text,
+)
+from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_NAME
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.levels.slicing import decode_levels
 from sae_lens_matryoshka.levels.stats import measure_levels_in_model
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.saebench.evaluations import is_installed
@@ -46,9 +52,8 @@ N_EVAL_BATCHES = 57  # of 2,048 tokens: every held-out text
 SAEBENCH = Path("saebench")
 _MEASURED = ("l0", "explained_variance", "ce_recovered")
 LEVELS_COMMAND = "HF_HUB_OFFLINE=1 sae-matryoshka levels matryoshka --dataset held_out"
-# SAEBench's defaults, except for datasets and sizes.
+# SAEBench's defaults, except for datasets and sizes. No absorption: see docs/results/demo.md.
 EVALUATIONS: dict[str, dict[str, Any]] = {
-    "absorption": {},
     "sparse_probing": {
         "dataset_names": ["fancyzhx/ag_news"],
         "probe_train_set_size": 1000,
@@ -68,7 +73,7 @@ def run_config(
     """The demo's training run of one SAE; `configs/demo.yaml` is the same as a file."""
     return LanguageModelSAERunnerConfig(
         sae=sae,
-        model_name=MODEL_FOLDER.name,
+        model_name=MODEL_NAME,
         hook_name=HOOK_NAME,
         dataset_path="corpus",
         streaming=False,
@@ -133,20 +138,8 @@ def train_and_measure(
     return rows, frequencies
 
 
-@torch.no_grad()
-def reconstruct_text(sae: SAE[Any], model: HookedTransformer, text: str) -> TextReconstruction:
-    """What each level reconstructs of the activations on one text."""
-    tokens = model.to_tokens(text, prepend_bos=True)
-    _, cache = model.run_with_cache(tokens, names_filter=HOOK_NAME)
-    activations = cache[HOOK_NAME][0, 1:]
-    distances = (activations - sae.b_dec).pow(2).sum(-1)
-    errors = (decode_levels(sae, sae.encode(activations)) - activations).pow(2).sum(-1)
-    token_strings = [str(token) for token in model.to_str_tokens(tokens[0, 1:])]
-    return TextReconstruction(token_strings, explained=1 - errors / distances)
-
-
 def evaluate_with_saebench() -> str:
-    """Run SAEBench's absorption, sparse probing and core on both SAEs and every level.
+    """Run SAEBench's sparse probing and core on both SAEs and every level.
 
     Returns:
         The table, which `saebench/` has as well.
@@ -167,7 +160,7 @@ def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     start = time.perf_counter()
-    model = load_model("HookedTransformer", MODEL_FOLDER.name, "cpu")
+    model = load_model("HookedTransformer", MODEL_NAME, "cpu")
     assert isinstance(model, HookedTransformer)
     corpus = load_dataset("corpus", split="train")
     assert isinstance(corpus, Dataset)
@@ -183,18 +176,26 @@ def main(seed: int) -> None:
     Path("results.json").write_text(json.dumps(results, indent=2))
     Path("results.md").write_text(table(rows) + "\n")
     text = documents(1, seed + HELD_OUT_SEED)[0].text
-    reconstruction = reconstruct_text(load_sae("matryoshka"), model, text)
+    sae = load_sae("matryoshka")
+    reconstruction = reconstruct(sae, run_on_text(sae, model, text))
     draw_levels(Path("levels.png"), rows, frequencies, reconstruction)
     print(f"\n{table(rows)}\n")
-    files = "batchtopk/, matryoshka/, results.json, results.md, levels.png"
+    pictures = ["levels.png"]
     if is_installed():
         print("Evaluating with SAEBench, core on fewer texts than the table above", flush=True)
         print(f"\n{evaluate_with_saebench()}\n")
-        files += f", {SAEBENCH}/report.html"
+        pictures.append(f"{SAEBENCH}/report.html")
     else:
-        print("For absorption and sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
-    print(f"Saved in {Path.cwd()}: {files}")
-    print(f"More about the levels: cd {shlex.quote(str(Path.cwd()))} && {LEVELS_COMMAND}")
+        print("For sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
+    print("The SAE that comes with the package, on English texts", flush=True)
+    levels = show_shipped_sae(Path("smollm2_levels.png"))
+    if levels is not None:
+        print(f"\n{table_on_real_text(levels)}\n")
+        pictures.append("smollm2_levels.png")
+    here = shlex.quote(str(Path.cwd()))
+    print(f"\n{summary(rows, levels)}")
+    print(f"Open in {here}: {', '.join(pictures)}")
+    print(f"Try next: cd {here} && {LEVELS_COMMAND}")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 

@@ -1,14 +1,18 @@
-"""The demo's table and picture."""
+"""The demo's tables, pictures and summary."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sae_lens_matryoshka.demo.reconstruction import TextReconstruction
+from sae_lens_matryoshka.levels.stats import LevelStats
 from sae_lens_matryoshka.util.markdown import markdown_table
 
 _MATRYOSHKA, _BATCHTOPK = "tab:orange", "tab:gray"
@@ -46,12 +50,39 @@ def table(rows: list[Row]) -> str:
     return markdown_table([title for title, _ in _COLUMNS.values()], cells)
 
 
-class TextReconstruction(NamedTuple):
-    """How well each level reconstructs the activations on one text."""
+def table_on_real_text(levels: list[LevelStats]) -> str:
+    """L0 and variance explained of each level, as a Markdown table."""
+    cells = [[str(row.width), f"{row.l0:.2f}", f"{row.explained_variance:.3f}"] for row in levels]
+    return markdown_table(["width", "L0", "variance explained"], cells, n_text=0)
 
-    tokens: list[str]
-    # Share of each token's squared distance from b_dec
-    explained: Float[Tensor, "n_levels n_tokens"]
+
+def summary(rows: list[Row], levels: list[LevelStats] | None) -> str:
+    """What was trained and what it shows, in a few sentences.
+
+    Args:
+        rows: Every level of `matryoshka`, and `batchtopk`.
+        levels: The levels of the SAE that comes with the package, if they were measured.
+    """
+    first, *_, last = (row for row in rows if row.sae == "matryoshka")
+    (baseline,) = (row for row in rows if row.sae == "batchtopk")
+    lines = [
+        f"Trained: SAEs of {last.width:,} latents, without levels (batchtopk) and with "
+        "(matryoshka), on a language model of three layers.",
+        f"The first {first.width} latents of matryoshka explain {first.explained_variance:.1%} of "
+        f"the variance, all of them {last.explained_variance:.1%}; batchtopk explains "
+        f"{baseline.explained_variance:.1%}.",
+        "That model shows that training, levels and SAEBench work. It is too small to show what "
+        "nesting does to features.",
+    ]
+    if levels is not None:
+        first, last = levels[0], levels[-1]
+        lines.append(
+            f"The SAE of SmolLM2-135M-Instruct that comes with the package has {last.width:,} "
+            f"latents: on English texts its first {first.width} explain "
+            f"{first.explained_variance:.1%} of the variance, all of them "
+            f"{last.explained_variance:.1%}."
+        )
+    return "\n".join(lines)
 
 
 def draw_levels(
@@ -94,6 +125,37 @@ def draw_levels(
         axis.legend(loc="lower right", fontsize=8)
     _draw_frequencies(panels["frequency"], widths, frequencies)
     _draw_text(panels["text"], widths, text)
+    panels["text"].set_title("Share of each token's activation reconstructed")
+    figure.savefig(path, dpi=130)
+
+
+def draw_sentences(path: Path, widths: list[int], texts: Sequence[TextReconstruction]) -> None:
+    """Draw what each level reconstructs of each token, and which latent it adds.
+
+    Args:
+        path: PNG file to write.
+        widths: Of the levels.
+        texts: One panel each.
+    """
+    figure = Figure(figsize=(13, 0.5 + 2.2 * len(texts)), layout="constrained")
+    figure.suptitle(
+        "Share of each token's activation reconstructed (grey: left out of training); number: the "
+        "strongest of the latents that the level adds"
+    )
+    axes = figure.subplots(len(texts), squeeze=False)[:, 0]
+    for axis, text in zip(axes, texts, strict=True):
+        _draw_text(axis, widths, text)
+        for level, token in (text.strongest >= 0).nonzero().tolist():
+            is_dark = text.explained[level, token] < 0.6
+            axis.text(
+                token,
+                level,
+                str(text.strongest[level, token].item()),
+                color="white" if is_dark else "black",
+                fontsize=7,
+                ha="center",
+                va="center",
+            )
     figure.savefig(path, dpi=130)
 
 
@@ -119,8 +181,9 @@ def _draw_frequencies(axis: Axes, widths: list[int], frequencies: dict[str, Tens
 
 
 def _draw_text(axis: Axes, widths: list[int], text: TextReconstruction) -> None:
-    image = axis.imshow(text.explained.clamp(0, 1).numpy(), aspect="auto", cmap="viridis", vmin=0)
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad="lightgray")
+    image = axis.imshow(text.explained.clamp(0, 1), aspect="auto", cmap=colors, vmin=0, vmax=1)
     axis.set_yticks(range(len(widths)), list(map(str, widths)))
     axis.set_xticks(range(len(text.tokens)), text.tokens, rotation=60, ha="right")
-    axis.set(ylabel="width of the level", title="Share of each token's activation reconstructed")
+    axis.set_ylabel("width of the level")
     axis.figure.colorbar(image, ax=axis, pad=0.01)

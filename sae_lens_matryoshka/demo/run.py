@@ -1,4 +1,7 @@
-"""The demo: BatchTopK against Matryoshka on a small language model, offline, in a few minutes."""
+"""The demo: BatchTopK against Matryoshka on a tiny language model, then an SAE of a real one.
+
+Only the download of the real one needs a network; without it the demo ends before.
+"""
 
 import os
 import shutil
@@ -10,8 +13,8 @@ from datasets import Dataset
 
 from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
 
-# TransformerLens knows official names only; transformers prefers a folder of that name.
-MODEL_FOLDER = Path("EleutherAI") / "pythia-70m-deduped"
+# TransformerLens knows it once the package is imported; transformers prefers a folder of that name.
+MODEL_NAME = "sae-lens-matryoshka/tiny-gpt-neox"
 # SAEBench knows data sets by name, and reads the columns `text` and `label` of this one.
 LABELLED_FOLDER = Path("fancyzhx") / "ag_news"
 N_TEXTS, N_HELD_OUT = 24_000, 2_000
@@ -26,8 +29,9 @@ def run_demo(out: Path, seed: int = 0) -> int:
     """Train SAELens' `batchtopk` and our `matryoshka` on the demo model, and compare them.
 
     Writes to `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
-    `results.md` and `levels.png`, beside the model and the texts, and, if SAEBench is installed,
-    its results on both SAEs and every level in `saebench/`.
+    `results.md` and `levels.png`, beside the model and the texts. If SAEBench is installed,
+    `saebench/` has its results on both SAEs and every level. If SmolLM2-135M-Instruct can be
+    downloaded, `smollm2_levels.png` shows the levels of the SAE that comes with the package.
 
     Args:
         out: Output folder, made if missing. An earlier demo in it is replaced.
@@ -45,9 +49,9 @@ def run_demo(out: Path, seed: int = 0) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text(
-        "Made by `sae-matryoshka demo`. The model under EleutherAI/ is this package's demo model; "
-        "it has the name pythia-70m-deduped because TransformerLens knows that one. The texts "
-        "under fancyzhx/ are generated too, in the format of AG News, which SAEBench knows.\n"
+        f"Made by `sae-matryoshka demo`. {MODEL_NAME} is a language model that comes with the "
+        "package. All texts are generated; those under fancyzhx/ have the format of AG News, which "
+        "SAEBench knows.\n"
     )
     write_model_and_texts(out, seed)
     # The Hub's clients read these when they are imported: training needs a process of its own.
@@ -64,7 +68,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
 
 def write_model_and_texts(out: Path, seed: int) -> None:
     """Write the demo's model and texts for processes that run in `out`."""
-    shutil.copytree(Path(__file__).with_name("model"), out / MODEL_FOLDER, dirs_exist_ok=True)
+    shutil.copytree(Path(__file__).with_name("model"), out / MODEL_NAME, dirs_exist_ok=True)
     columns = {
         Path("corpus", "train"): {"text": texts(N_TEXTS, seed)},
         Path("held_out", "train"): {"text": texts(N_HELD_OUT, seed + HELD_OUT_SEED)},

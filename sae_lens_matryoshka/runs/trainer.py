@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from sae_lens_matryoshka.runs.fused_adam import fuse
 from sae_lens_matryoshka.runs.sharded_moments import ShardedMoments
-from sae_lens_matryoshka.training.base import NestedTrainingSAE
+from sae_lens_matryoshka.training.base import DeferringStepInput, NestedTrainingSAE
 from sae_lens_matryoshka.training.joined_batch import JoinedBatch, contiguous
 from sae_lens_matryoshka.util.checks import invalid_option
 
@@ -94,7 +94,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _train_step(self, sae: TrainingSAE[Any], sae_in: torch.Tensor) -> TrainStepOutput:
         sae.train()
         with self.autocast_if_enabled:
-            step_input = TrainStepInput(
+            step_input = DeferringStepInput(
                 sae_in=sae_in,
                 dead_neuron_mask=self.dead_neurons,
                 coefficients=self.get_coefficients(),
@@ -102,14 +102,23 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 is_logging_step=self._is_logging_step(),
             )
             output = sae.training_forward_pass(step_input=step_input)
-        self._count_firings(output.feature_acts)
         self._backward(output.loss)
+        self._before_update(step_input)
+        self._count_firings(output.feature_acts)
         self._update()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
         return output
+
+    def _before_update(self, step_input: DeferringStepInput) -> None:
+        try:
+            for act in step_input.before_update:
+                act()
+        except Exception:
+            self.optimizer.zero_grad()  # whoever goes on after this batch must not learn from it
+            raise
 
     @torch.no_grad()
     def _count_firings(self, feature_acts: torch.Tensor) -> None:
@@ -118,7 +127,7 @@ class MatryoshkaTrainer(SAETrainer[TrainingSAE[Any], Any]):
             n_firings = n_firings.to_dense()
         n_firings = self._joined_batch.sum(n_firings)
         self.n_forward_passes_since_fired.add_(1)
-        self.n_forward_passes_since_fired[n_firings > 0] = 0
+        self.n_forward_passes_since_fired.masked_fill_(n_firings > 0, 0)
         self.act_freq_scores.add_(n_firings)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 

@@ -14,6 +14,7 @@ from sae_lens import SAE
 from sae_lens_matryoshka.hub.load import load_sae
 from sae_lens_matryoshka.levels.slicing import truncate
 from sae_lens_matryoshka.saebench.records import Candidate
+from sae_lens_matryoshka.util.hook_names import transformer_lens_hook_name
 
 
 def load_candidates(candidates: Sequence[Candidate], device: str) -> list[SAE[Any]]:
@@ -41,6 +42,11 @@ def load_whole(
         warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
         sae = load_sae(*source, matryoshka_widths=matryoshka_widths, device=device)
     metadata = sae.cfg.metadata
+    if metadata.model_class_name == "AutoModelForCausalLM":
+        # SAEBench loads the model as a HookedTransformer, which other arguments load
+        metadata.model_class_name = "HookedTransformer"
+        metadata.hook_name = transformer_lens_hook_name(metadata.hook_name)
+        metadata.model_from_pretrained_kwargs = {}
     if metadata.model_name is None:
         metadata.model_name = model_name
     if metadata.prepend_bos is None:

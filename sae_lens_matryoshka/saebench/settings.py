@@ -13,6 +13,10 @@ from sae_lens_matryoshka.util.suggest import did_you_mean
 
 Settings = Mapping[str, Mapping[str, Any]]  # evaluation → field of SAEBench's config → value
 
+# Settings that SAEBench does not have, read by `workarounds`
+_OWN = {"absorption": ("n_words",)}
+WORDS_PER_LETTER = 20  # that `n_words` includes
+_FEWEST_WORDS = 26 * WORDS_PER_LETTER
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _RESERVED = {
     "random_seed": "use --seeds",
@@ -38,7 +42,8 @@ def check_settings(evaluations: Sequence[str], settings: Settings) -> None:
             raise ValueError(f"{evaluation} has settings but is not run: add it to --evals.")
     for evaluation, values in settings.items():
         config = config_class(evaluation)
-        known = [f.name for f in fields(config) if f.name not in _RESERVED]
+        own = _OWN.get(evaluation, ())
+        known = [*own, *(f.name for f in fields(config) if f.name not in _RESERVED)]
         for field, value in values.items():
             name = f"{evaluation}.{field}"
             if field in _RESERVED:
@@ -50,7 +55,7 @@ def check_settings(evaluations: Sequence[str], settings: Settings) -> None:
                 )
             _check_value(name, field, value)
         try:
-            config(**values)
+            config(**{field: value for field, value in values.items() if field not in own})
         except ValidationError as error:
             problem = error.errors()[0]
             name = ".".join(map(str, (evaluation, *problem["loc"])))
@@ -64,6 +69,9 @@ def _check_value(name: str, field: str, value: Any) -> None:
     """Check what SAEBench's types accept and its evaluations don't."""
     if field in ("llm_dtype", "dtype") and value not in _DTYPES:
         raise invalid_option(name, value, " or ".join(_DTYPES))
+    if field == "n_words" and not (isinstance(value, int) and value >= _FEWEST_WORDS):
+        accepted = f"{_FEWEST_WORDS} words or more, {WORDS_PER_LETTER} for each letter"
+        raise invalid_option(name, value, accepted)
     if value == []:
         raise invalid_option(name, value, "a list that is not empty")
     numbers = value if isinstance(value, list) else [value]

@@ -10,7 +10,9 @@ generators before each of them.
 import json
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS, PACKAGE, installed
 from sae_lens_matryoshka.saebench.records import Job
+from sae_lens_matryoshka.saebench.settings import WORDS_PER_LETTER
 
 Named = tuple[str, SAE[Any]]
 _MAX_CODES = 2**30  # bytes
@@ -137,15 +140,17 @@ def patch_saebench(job: Job, config: Any, saes: SeededSAEs) -> None:
 
 
 def _prepare_absorption(job: Job, config: Any, saes: SeededSAEs) -> None:
-    from sae_bench.evals.absorption.common import load_or_train_probe
-    from sae_bench.evals.absorption.vocab import get_alpha_tokens
+    from sae_bench.evals.absorption import common
     from transformer_lens import HookedTransformer
 
+    if "n_words" in job.settings:
+        _draw_words(job.settings["n_words"], job.seed)
+    _stop_after_hook()
     dtype = getattr(torch, config.llm_dtype)
     model = HookedTransformer.from_pretrained_no_processing(
         config.model_name, device=job.device, dtype=dtype
     )
-    n_words = len(get_alpha_tokens(model.tokenizer))  # type: ignore[arg-type]
+    n_words = len(common.get_alpha_tokens(model.tokenizer))  # type: ignore[arg-type]
     if "k_sparse_probe_batch_size" not in job.settings:
         # With few words, SAEBench's 4,096 make one step per epoch, which trains no probe.
         config.k_sparse_probe_batch_size = min(config.k_sparse_probe_batch_size, n_words // 5)
@@ -160,7 +165,7 @@ def _prepare_absorption(job: Job, config: Any, saes: SeededSAEs) -> None:
     # Trained before the first SAE, whose scores would otherwise depend on the random numbers drawn.
     set_seed(job.seed)
     for layer in {_layer(sae) for _, sae in list.__iter__(saes)}:
-        load_or_train_probe(
+        common.load_or_train_probe(
             model,
             base_template=config.prompt_template,
             pos_idx=config.prompt_token_pos,
@@ -168,6 +173,65 @@ def _prepare_absorption(job: Job, config: Any, saes: SeededSAEs) -> None:
             dtype=dtype,
             device=job.device,
         )
+    _remember_activations(config.prompt_token_pos)
+
+
+def _draw_words(n_words: int, seed: int) -> None:
+    """Let absorption use as many random words of the vocabulary, the same for every SAE.
+
+    Some words of each letter are among them: absorption fails where a letter has none.
+    """
+    from sae_bench.evals.absorption import common, feature_absorption, vocab
+
+    def get_alpha_tokens(tokenizer: Any) -> list[str]:
+        words = vocab.get_alpha_tokens(tokenizer)
+        random.Random(seed).shuffle(words)
+        of_letter: dict[str, list[str]] = {}
+        for word in words:
+            of_letter.setdefault(word.strip()[0].lower(), []).append(word)
+        needed = {word for same in of_letter.values() for word in same[:WORDS_PER_LETTER]}
+        others = [word for word in words if word not in needed]
+        return [*sorted(needed), *others[: n_words - len(needed)]]
+
+    common.get_alpha_tokens = feature_absorption.get_alpha_tokens = get_alpha_tokens
+
+
+@cache
+def _stop_after_hook() -> None:
+    """Run the model up to the layer whose activations are asked for, and not to its logits."""
+    from transformer_lens import HookedTransformer
+
+    run = HookedTransformer.run_with_cache
+
+    def run_with_cache(model: Any, prompts: list[str], *, names_filter: list[str]) -> Any:
+        n_layers = int(names_filter[0].split(".")[1]) + 1
+        return run(model, prompts, names_filter=names_filter, stop_at_layer=n_layers)
+
+    HookedTransformer.run_with_cache = run_with_cache  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _remember_activations(position: int) -> None:
+    """Run the model once on prompts that absorption gives it again for every SAE.
+
+    Of the activations it reads those at one position.
+    """
+    from transformer_lens import HookedTransformer
+
+    run = HookedTransformer.run_with_cache
+    known: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    n_positions = max(position + 1, -position)  # so that `position` is one of them
+
+    def run_with_cache(model: Any, prompts: list[str], *, names_filter: list[str]) -> Any:
+        key = (*names_filter, *prompts)
+        if key not in known:
+            acts = run(model, prompts, names_filter=names_filter)[1]
+            known[key] = {
+                name: acts[name][:, [position]].expand(-1, n_positions, -1) for name in names_filter
+            }
+        return None, known[key]
+
+    HookedTransformer.run_with_cache = run_with_cache  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def absorption_obstacle(job: Job, config: Any, names: list[str]) -> str | None:

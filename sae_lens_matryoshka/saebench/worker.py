@@ -53,7 +53,8 @@ def make_config(job: Job) -> Any:
     }
     names = {field.name for field in fields(cls)}
     common = {name: value for name, value in common.items() if name in names}
-    return cls(**{**common, **_SCRIPT_SETTINGS.get(job.evaluation, {}), **job.settings})
+    settings = {name: value for name, value in job.settings.items() if name in names}
+    return cls(**{**common, **_SCRIPT_SETTINGS.get(job.evaluation, {}), **settings})
 
 
 def evaluate(job: Job, config: Any, saes: SeededSAEs) -> None:

@@ -1,6 +1,7 @@
 """What the training SAEs of this package share: the plan of a step, its losses and metrics."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_matryoshka.kernels.dispatch import Backend, backend_for
-from sae_lens_matryoshka.kernels.transfers import to_device
+from sae_lens_matryoshka.kernels.transfers import ToHost, to_device
 from sae_lens_matryoshka.training.decoder_norm import DecoderNormConstraint, set_norms_to_1
 from sae_lens_matryoshka.training.joined_batch import JoinedBatch
 from sae_lens_matryoshka.training.latent_order import level_order, rank_of, update_rates
@@ -44,6 +45,17 @@ class StepPlan(NamedTuple):
     def ranks(self, latents: Int[torch.Tensor, " n"]) -> Int[torch.Tensor, " n"]:
         """The position of each of `latents` in level order."""
         return latents if self.rank is None else self.rank[latents]
+
+
+@dataclass
+class DeferringStepInput(TrainStepInput):
+    """The input of a step whose trainer calls `before_update` once it has the gradients.
+
+    Until then the host need not know whether the loss is finite, and launches the backward pass
+    while the device computes the forward pass.
+    """
+
+    before_update: list[Callable[[], None]] = field(default_factory=list)
 
 
 class NestedTrainingSAE(SavedTrainingSAE):
@@ -211,24 +223,51 @@ class NestedTrainingSAE(SavedTrainingSAE):
         fixed = plan._replace(prefixes=self.cfg.matryoshka_widths)
         return self.reference_levels(acts.to_dense(), sae_in, fixed).losses
 
-    def require_finite(self, output: TrainStepOutput, step_input: TrainStepInput) -> None:
-        """Check that the loss is finite on every process.
+    def finish_forward(
+        self,
+        output: TrainStepOutput,
+        step_input: TrainStepInput,
+        update_statistics: Callable[[], None],
+    ) -> None:
+        """Check that the loss is finite, then `update_statistics`; both later for our trainer.
+
+        Raises:
+            ValueError: the loss is not finite on some process.
+        """
+        is_finite = ToHost(self.joined_batch.by_rank(output.loss.detach().isfinite().long()))
+        step = step_input.n_training_steps
+
+        # without `step_input`, which would be a cycle that keeps a failed step's memory
+        def finish() -> None:
+            self.require_finite(is_finite.get(), output, step)
+            update_statistics()
+
+        # with "unit_at_update" the backward pass changes W_dec, which a failed step must not
+        can_wait = self.cfg.decoder_norm != "unit_at_update"
+        if can_wait and isinstance(step_input, DeferringStepInput):
+            step_input.before_update.append(finish)
+        else:
+            finish()
+
+    def require_finite(
+        self, is_finite: Int[torch.Tensor, " ranks"], output: TrainStepOutput, step: int
+    ) -> None:
+        """Check that the loss is finite on every process, from what each says about its own.
 
         Raises:
             ValueError: it is not; the message names the first tensor that is not, or the process.
         """
-        is_finite = self.joined_batch.by_rank(output.loss.detach().isfinite().long())
         if is_finite.all():
             return
         unchanged = (
             "No weight was changed by this batch, and checkpoints saved before it are intact."
         )
-        stopped = f"Training stopped at step {step_input.n_training_steps}: "
+        stopped = f"Training stopped at step {step}: "
         rank = int(is_finite.argmin())
         if rank != self.joined_batch.rank:
             raise ValueError(f"{stopped}the loss of rank {rank} is not finite. {unchanged}")
         tensors = {
-            "sae_in (the activations)": step_input.sae_in,
+            "sae_in (the activations)": output.sae_in,
             **{f"the parameter {name}": value for name, value in self.named_parameters()},
             **output.losses,
             "the sum of losses": output.loss,

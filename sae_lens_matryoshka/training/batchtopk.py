@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -108,17 +109,19 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
                 **named_losses,
             },
         )
-        self.require_finite(output, step_input)
-        self._update_statistics(forward, plan, sae_in, step)
-        output.metrics = {"topk_threshold": self.topk_threshold}
+        # not all of `forward`, whose residuals the backward pass frees
+        losses, scores, latents = forward.levels.losses.detach(), forward.scores, forward.latents
+        self.finish_forward(
+            output,
+            step_input,
+            partial(self._update_statistics, output, losses, scores, latents, plan, step),
+        )
         if step_input.is_logging_step:
             acts = forward.feature_acts.detach()
             if self.cfg.is_sampled and (norms := self._score_norms()) is not None:
                 acts = acts.to_dense() / norms
-            losses = self.measured_losses(forward.levels, acts, sae_in, plan)
-            output.metrics |= self.level_metrics(
-                step_input, losses, forward.scores, forward.latents, plan
-            )
+            measured = self.measured_losses(forward.levels, acts, sae_in, plan)
+            output.metrics |= self.level_metrics(step_input, measured, scores, latents, plan)
         return output
 
     def _sparse_forward(
@@ -257,19 +260,26 @@ class MatryoshkaTrainingSAE(NestedTrainingSAE, BatchTopKTrainingSAE):
         return self.cfg.aux_loss_coefficient * loss
 
     def _update_statistics(
-        self, forward: _Forward, plan: StepPlan, sae_in: torch.Tensor, step: int
+        self,
+        output: TrainStepOutput,
+        losses: Float[torch.Tensor, " levels"],
+        scores: Float[torch.Tensor, " n"],
+        latents: Int[torch.Tensor, " n"],
+        plan: StepPlan,
+        step: int,
     ) -> None:
+        sae_in = output.sae_in.detach()
         start = self.cfg.topk_threshold_start_step
         if start is None or step > start:
-            self.update_topk_threshold(forward.scores)
-        self.count_firings(forward.scores, forward.latents, len(sae_in))
-        self._sample.add(sae_in.detach(), self.joined_batch)
+            self.update_topk_threshold(scores)
+        output.metrics["topk_threshold"] = self.topk_threshold
+        self.count_firings(scores, latents, len(sae_in))
+        self._sample.add(sae_in, self.joined_batch)
         # with sampled prefixes, no step computes the losses of the levels to be judged
         is_monitored = self.joined_batch.rank == 0 and not self.cfg.is_sampled
         if is_monitored and self._monitor.is_due(step):
-            losses, ranks = forward.levels.losses, plan.ranks(forward.latents)
             self._monitor.observe(
-                losses[self.cfg.bias_level :], forward.scores, ranks, sae_in, step
+                losses[self.cfg.bias_level :], scores, plan.ranks(latents), sae_in, step
             )
 
     @override

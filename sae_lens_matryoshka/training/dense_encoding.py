@@ -4,6 +4,7 @@ Their losses on pre-activations are SAELens' as well; the levels are decoded fro
 as in `batchtopk`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,19 @@ class DenselyEncodedTrainingSAE(NestedTrainingSAE):
             loss=self.total_loss(levels, plan) + sum(aux_losses.values()),
             losses={"mse_loss": named_losses.pop("mse_loss"), **aux_losses, **named_losses},
         )
-        self.require_finite(output, step_input)
-        rows, latents = feature_acts.detach().nonzero(as_tuple=True)
-        scores = feature_acts.detach()[rows, latents]
-        self.count_firings(scores, latents, len(sae_in))
+        self.finish_forward(output, step_input, partial(self._count_firings, output))
         if step_input.is_logging_step:
             losses = self.measured_losses(levels, acts.detach(), sae_in, plan)
+            scores, latents = _scores_and_latents(output)
             output.metrics |= self.level_metrics(step_input, losses, scores, latents, plan)
         return output
+
+    def _count_firings(self, output: TrainStepOutput) -> None:
+        if self.cfg.latent_order == "frequency":  # finding the codes makes the host wait
+            self.count_firings(*_scores_and_latents(output), len(output.sae_in))
+
+
+def _scores_and_latents(output: TrainStepOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    acts = output.feature_acts.detach()
+    rows, latents = acts.nonzero(as_tuple=True)
+    return acts[rows, latents], latents

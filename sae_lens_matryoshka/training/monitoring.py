@@ -111,5 +111,5 @@ class TrainingMonitor:
                 self._warned.add(kind)
                 warnings.warn(
                     f"After {n_steps:,} training steps: {message}",
-                    stacklevel=6,  # the caller of training_forward_pass
+                    stacklevel=7,  # the step of our trainer, if it is the one
                 )

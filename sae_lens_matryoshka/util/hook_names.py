@@ -37,6 +37,16 @@ def local_folder(model_name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def transformer_lens_hook_name(hook_name: str) -> str:
+    """TransformerLens' name of a layer's output that is named as in transformers.
+
+    SAELens names hooks so with `model_class_name="AutoModelForCausalLM"`: "model.layers.7" is
+    "blocks.7.hook_resid_post". Other names are returned as they are.
+    """
+    layer = re.fullmatch(r"(?:model|gpt_neox|transformer)\.(?:layers|h)\.(\d+)", hook_name)
+    return hook_name if layer is None else f"blocks.{layer[1]}.hook_resid_post"
+
+
 def check_hook_name(hook_name: str | None, d_in: int, model_name: str, label: str) -> None:
     """Check an SAE's hook name and width against the configuration of its model.
 

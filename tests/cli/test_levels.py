@@ -195,19 +195,19 @@ from transformers import AutoModelForCausalLM
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka import load_sae
 assert cli.main(sys.argv[1:]) == 0
-name = "pythia-70m-deduped"
+name = "sae-lens-matryoshka/tiny-gpt-neox"
 options = {"dataset": "corpus", "streaming": False, "store_batch_size_prompts": 4}
 model = load_model("HookedTransformer", name, "cpu")
 store = ActivationsStore.from_sae(model, load_sae("sae"), **options)
 tokens = torch.cat([store.get_batch_tokens() for _ in range(2)])
-model = AutoModelForCausalLM.from_pretrained("EleutherAI/" + name)
+model = AutoModelForCausalLM.from_pretrained(name)
 hidden = model(tokens, output_hidden_states=True).hidden_states[2]
 numpy.save("x.npy", hidden.detach().numpy())
 """
 
 
 def test_levels_in_the_model(tmp_path: Path) -> None:
-    shutil.copytree(DEMO_MODEL, tmp_path / "EleutherAI" / "pythia-70m-deduped")
+    shutil.copytree(DEMO_MODEL, tmp_path / "sae-lens-matryoshka" / "tiny-gpt-neox")
     (tmp_path / "corpus").mkdir()
     Dataset.from_dict({"text": texts(60, 7)}).to_parquet(tmp_path / "corpus" / "train.parquet")
     weights = save_sae(
@@ -217,7 +217,7 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
         context_size=64,
         prepend_bos=True,
     )
-    words = "levels sae --dataset corpus --model pythia-70m-deduped --n-batches 2 --plot a.png"
+    words = "levels sae --dataset corpus --model tiny-gpt-neox --n-batches 2 --plot a.png"
     words += " --batch-size-prompts 4 --json rows.json"
     more = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     command = [sys.executable, "-W", "ignore", "-c", IN_THE_DEMO, *words.split()]

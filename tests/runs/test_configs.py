@@ -25,7 +25,7 @@ NAMES = sorted(
 # model, hook, d_in, widths, k, tokens, batch, learning rate
 DOCUMENTED = {
     "demo": (
-        ("pythia-70m-deduped", "blocks.1.hook_resid_post"),
+        ("sae-lens-matryoshka/tiny-gpt-neox", "blocks.1.hook_resid_post"),
         (128, [32, 96, 224, 480, 1024], 8),
         (1_536_000, 1024, 1e-3),
     ),
@@ -45,7 +45,7 @@ DOCUMENTED = {
         (200_000_000, 2048, 3e-4),
     ),
     "smollm2": (
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "blocks.7.hook_resid_post"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "model.layers.7"),
         (576, [128, 384, 896, 1920, 4096], 24),
         (4_505_600, 1024, 6e-4),
     ),

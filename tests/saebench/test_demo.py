@@ -12,7 +12,6 @@ from sae_lens import SAE
 
 from sae_lens_matryoshka.demo import compare
 from sae_lens_matryoshka.demo.report import Row, table
-from tests.saebench.saes import REPOSITORY
 
 
 def test_every_level_is_measured_and_drawn(demo_run: Path) -> None:
@@ -40,7 +39,7 @@ def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> No
         compare.LEVELS_COMMAND.replace("sae-matryoshka", program) + " --n-batches 1",
         shell=True,
         cwd=demo_run,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
@@ -52,6 +51,8 @@ def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> No
 def test_both_saes_and_every_level(demo_run: Path) -> None:
     summary = json.loads((demo_run / "saebench" / "summary.json").read_text())
     assert summary["not_run"] == []
+    assert summary["model_name"] == "tiny-gpt-neox"
+    assert {score["evaluation"] for score in summary["scores"]} == {"sparse_probing", "core"}
     widths = (32, 96, 224, 480)
     levels = [*(f"matryoshka, first {width}" for width in widths), "matryoshka"]
     assert [sae["title"] for sae in summary["saes"]] == [*levels, "batchtopk"]
@@ -61,4 +62,4 @@ def test_both_saes_and_every_level(demo_run: Path) -> None:
     assert explained == sorted(explained)
     top_1 = "sparse probing, top 1"
     assert scores[levels[0], top_1] < scores["matryoshka", top_1]
-    assert (demo_run / "saebench" / "report.html").exists()
+    assert "tiny-gpt-neox" in (demo_run / "saebench" / "report.html").read_text()

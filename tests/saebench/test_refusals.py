@@ -55,6 +55,14 @@ def refusal(tmp_path: Path, *words: str, code: int = 2) -> str:
             ["trained", "--core.llm_dtype=f8"],
             "core.llm_dtype='f8' is not accepted: give float32 or",
         ),
+        (
+            ["trained", "--evals=absorption", "--absorption.n_words=all"],
+            "absorption.n_words='all' is not accepted: give 520 words or more",
+        ),
+        (
+            ["trained", "--evals=absorption", "--absorption.n_words=519"],
+            "absorption.n_words=519 is not accepted: give 520 words or more",
+        ),
         (["trained", "--core.dataset=../x"], "core.dataset='../x' is not accepted: give an absolu"),
         (["trained", "--core.dataset=/no/x"], "core.dataset='/no/x' does not exist."),
         (["trained", "--device", "foo"], "device='foo' is not accepted: give cpu"),

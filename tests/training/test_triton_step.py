@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from sae_lens_matryoshka import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from sae_lens_matryoshka.kernels import selection_triton, triton_support
 from sae_lens_matryoshka.kernels.dispatch import EAGER, backend_for
+from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from tests.devices import DEVICE
 from tests.steps import dense, outcome, relative_error, run_step, spread, twins
 from tests.training.test_parity import cases
@@ -257,23 +258,39 @@ def test_padding_of_feature_acts_is_zero(latent_order: str) -> None:
     assert fired.tolist() == [0.0] * 31 + [6.0]
 
 
+def trainer_of(sae: MatryoshkaTrainingSAE, n_dead: int) -> MatryoshkaTrainer:
+    """A trainer of `sae`, `n_dead` latents of which have not fired for long."""
+    trainer = MatryoshkaTrainer(
+        SAETrainerConfig(
+            total_training_samples=10**9,
+            train_batch_size_samples=64,
+            lr_end=3e-4,
+            device=DEVICE,
+            dead_feature_window=1000,
+            feature_sampling_window=10**6,
+        ),
+        sae,
+        iter(()),
+    )
+    trainer.n_forward_passes_since_fired[:n_dead] = 10**6
+    return trainer
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA tells what waits for it")
 @pytest.mark.parametrize("options", [{}, {"prefix_sampling": "uniform"}, {"level_weights": 0.5}])
-def test_only_the_check_of_the_loss_waits_for_the_gpu(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_our_trainer_waits_for_no_more_than_an_event(options: dict[str, Any]) -> None:
+    """PyTorch does not count the wait for an event, after which the GPU is still busy."""
     cfg = MatryoshkaTrainingSAEConfig(d_in=32, d_sae=512, k=8, device=DEVICE, **options)
-    sae = MatryoshkaTrainingSAE(cfg)
-    monkeypatch.setattr(sae, "require_finite", lambda *args: None)
-    dead = torch.arange(512, device=DEVICE) % 50 == 0
+    trainer = trainer_of(MatryoshkaTrainingSAE(cfg), n_dead=10)
     for step in range(3):
         x = torch.randn(64, 32, device=DEVICE)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
-            run_step(sae, x, dead, step).loss.backward()
+            trainer.step(x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        trainer.n_training_steps += 1
 
 
 class AskedOfTheDevice(TorchDispatchMode):
@@ -333,19 +350,43 @@ def _kernels_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("with_dead", [False, True])
 @pytest.mark.usefixtures("_kernels_unseen")
-def test_a_step_asks_the_device_whether_the_loss_is_finite_and_nothing_else(
-    options: dict[str, Any], with_dead: bool
+def test_our_trainer_asks_the_device_whether_the_loss_is_finite_before_the_update_alone(
+    options: dict[str, Any], with_dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = MatryoshkaTrainingSAEConfig(
         d_in=8, d_sae=32, k=3, implementation="triton", device=DEVICE, **options
     )
-    sae = MatryoshkaTrainingSAE(cfg)
-    dead = torch.arange(32) % 5 == 0 if with_dead else None
-    for step in range(2):
-        with AskedOfTheDevice() as asked:
-            run_step(sae, torch.randn(6, 8), dead, step).loss.backward()
-        # on CUDA the dead latents are counted while the device computes; see `TrueIndices`
-        assert asked.counts == {"_local_scalar_dense": 1, **({"nonzero": 1} if with_dead else {})}
+    trainer = trainer_of(MatryoshkaTrainingSAE(cfg), n_dead=6 if with_dead else 0)
+    asked = AskedOfTheDevice()
+    questions: list[tuple[str, dict[str, int]]] = []  # before each part of the step, and after it
+
+    def watch(name: str) -> None:
+        part = getattr(trainer, name)
+
+        def watched(*args: Any) -> None:
+            questions.append((f"before {name}", dict(asked.counts)))
+            part(*args)
+            questions.append((f"after {name}", dict(asked.counts)))
+
+        monkeypatch.setattr(trainer, name, watched)
+
+    watch("_backward")
+    watch("_update")
+    # on CUDA the dead latents are counted while the device computes; see `TrueIndices`
+    forward = {"nonzero": 1}
+    for _ in range(2):
+        asked.counts.clear()
+        questions.clear()
+        with asked:
+            trainer.step(torch.randn(6, 8))
+        trainer.n_training_steps += 1
+        assert questions == [
+            ("before _backward", forward),
+            ("after _backward", forward),
+            ("before _update", {"_local_scalar_dense": 1, **forward}),
+            ("after _update", {"_local_scalar_dense": 1, **forward}),
+        ]
+        assert asked.counts == {"_local_scalar_dense": 1, **forward}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA, PyTorch itself tells what waits")

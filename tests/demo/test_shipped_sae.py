@@ -1,0 +1,33 @@
+"""The SAE that comes with the package."""
+
+import torch
+from sae_lens import SAE
+
+from sae_lens_matryoshka import load_sae
+from sae_lens_matryoshka.demo.real_text import SAE_FOLDER
+from sae_lens_matryoshka.levels import levels
+
+WIDTHS = [128, 384, 896, 1920, 4096]
+
+
+def test_it_is_small() -> None:
+    assert sum(file.stat().st_size for file in SAE_FOLDER.iterdir()) < 10_000_000
+
+
+def test_it_loads_with_plain_saelens() -> None:
+    plain, ours = SAE.load_from_disk(SAE_FOLDER), load_sae(SAE_FOLDER)
+    assert plain.cfg.architecture() == "jumprelu"
+    assert plain.dtype == torch.float16
+    assert plain.cfg.metadata.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert plain.cfg.metadata.hook_name == "model.layers.7"
+    assert [level.cfg.d_sae for level in levels(ours)] == WIDTHS
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, ours.state_dict()[name])
+
+
+def test_its_card_shows_how_to_load_it() -> None:
+    card = (SAE_FOLDER / "README.md").read_text()
+    folder = f"sae_lens_matryoshka/demo/{SAE_FOLDER.name}"
+    assert f'SAE.load_from_disk("{folder}")' in card
+    assert f'load_sae("{folder}")' in card
+    assert all(f"| {width} |" in card for width in WIDTHS)
