@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.activations and not args.dataset:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
     out: Path = args.out
-    known = {"gathered", "tree.json", "examples.safetensors"}
-    if out.is_dir() and {file.name for file in out.iterdir()} - known:
+    known = {"gathered", "tree.json", "examples.safetensors", "index.html", "data"}
+    others = {file.name for file in out.iterdir()} - known if out.is_dir() else set()
+    if any(not name.startswith(".") for name in others):  # .data.unfinished of a killed command
         raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
 
     from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens_matryoshka.tree import build_tree
     from sae_lens_matryoshka.tree.examples import find_examples
     from sae_lens_matryoshka.tree.gathered import Gathered
+    from sae_lens_matryoshka.tree.page import write_page
     from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
     from sae_lens_matryoshka.util.files import check_writable
 
@@ -76,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
         raise
     examples.save(out / "examples.safetensors")
     tree.save(out / "tree.json")
+    given = Path(args.release_or_dir)
+    name = given.resolve().name if given.is_dir() else args.release_or_dir
+    name = " ".join(filter(None, [name, args.sae_id]))
+    write_page(out, tree, gathered, examples, sae, data.get("model"), name)
     if not tree.settings["rules"]["parents_by_level"]:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
@@ -85,5 +91,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         families = family_lines(tree)
     print("\n" + ("\n".join(families) or "No edge passed."))
-    print(f"\n{out} has tree.json, examples.safetensors and gathered/: docs/tree.md.")
+    print(f"\nOpen {out / 'index.html'}. Beside it are tree.json and more: docs/tree.md.")
     return 0

@@ -36,6 +36,8 @@ def test_it_writes_a_tree(capsys):
         "tree.json",
         "examples.safetensors",
         "gathered",
+        "index.html",
+        "data",
     }
     tree = Tree.load("out/tree.json")
     assert tree.children(PARENT)[0] == CHILD

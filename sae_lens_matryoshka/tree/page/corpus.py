@@ -1,0 +1,87 @@
+"""The texts of what was gathered, and the tokens around those where a latent fires."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae_lens_matryoshka.tree.gathered import Gathered
+
+TextOf = Callable[[int], str]
+BEFORE, AFTER = 18, 8  # tokens shown around one
+
+
+class Corpus:
+    """All texts, in memory: 16 bytes per token.
+
+    Attributes:
+        contexts: Token ids, (n_contexts, context).
+        place_of_row: Place in `contexts`, flattened, of each token that the SAE was run on.
+        row_at_place: The reverse; −1 where the SAE was not run.
+
+    Args:
+        gathered: With texts; see `Gathered.has_tokens`.
+    """
+
+    def __init__(self, gathered: Gathered):
+        shards = range(len(gathered.index.shards))
+        texts = [gathered.tokens(i) for i in shards]
+        firsts = np.cumsum([0, *(text.size for text in texts)])
+        self.contexts: Int[np.ndarray, "n_contexts context"] = np.concatenate(texts)
+        self.place_of_row = np.concatenate([gathered.positions(i) + firsts[i] for i in shards])
+        self.row_at_place = np.full(self.contexts.size, -1)
+        self.row_at_place[self.place_of_row] = np.arange(len(self.place_of_row))
+
+    def ids(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The token ids of rows."""
+        return self.contexts.reshape(-1)[self.place_of_row[rows]]
+
+    def windows(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
+        """The places of the tokens around rows; −1 beyond the ends of their contexts."""
+        places = self.place_of_row[rows][:, None] + np.arange(-BEFORE, AFTER + 1)
+        length = self.contexts.shape[1]
+        own = (self.place_of_row[rows] // length)[:, None]
+        return np.where((places >= 0) & (places // length == own), places, -1)
+
+
+class Activations:
+    """One latent's activations by row, zero elsewhere, in an array that is used again."""
+
+    def __init__(self, n_rows: int):
+        self._values = np.zeros(n_rows, np.float32)
+        self._rows = np.zeros(0, np.int64)
+
+    def set(self, rows: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> None:
+        """Take another latent."""
+        self._values[self._rows] = 0
+        self._values[rows] = values
+        self._rows = rows
+
+    def at(self, rows: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """The activations on rows; 0 for row −1."""
+        return np.where(rows >= 0, self._values[rows], 0)
+
+
+def text_of_tokens(tokenizer: Any) -> TextOf:
+    """The text of a token id; `[id]` without a tokenizer."""
+
+    @cache
+    def text_of(token: int) -> str:
+        if tokenizer is None:
+            return f"[{token}]"
+        text = tokenizer.decode([token])
+        piece = tokenizer.convert_ids_to_tokens(token)
+        # SentencePiece's decoders drop the space at the start of a text
+        starts_word = isinstance(piece, str) and piece.startswith("▁")
+        return " " + text if starts_word and not text.startswith(" ") else text
+
+    return text_of
+
+
+def naming_words(ids: Int[np.ndarray, " n"], text_of: TextOf, n_words: int = 5) -> list[str]:
+    """The most frequent tokens among a latent's examples, without the spaces around them."""
+    texts = (text_of(int(token)) for token in ids)
+    return [word for word, _ in Counter(t.strip(" ") or t for t in texts).most_common(n_words)]
