@@ -32,7 +32,7 @@ def test_variants_are_configs_of_their_options() -> None:
 
 
 def test_second_level_of_a_published_sae(hub: LoopbackHub, tmp_path: Path) -> None:
-    (example,) = (
+    example, of_the_package = (
         code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "load_sae(" in code
     )
     assert len([line for line in example.splitlines() if line.strip()]) <= 5
@@ -48,3 +48,7 @@ def test_second_level_of_a_published_sae(hub: LoopbackHub, tmp_path: Path) -> No
     assert names["second"].cfg.d_sae == 512
     x = torch.randn(3, 4)
     torch.testing.assert_close(names["second"].encode(x), whole.encode(x)[:, :512])
+
+    exec(of_the_package, names)  # after the example, whose import of load_sae it takes
+    assert names["sae"].cfg.d_sae == 4096
+    assert names["sae"].cfg.metadata.hook_name == "model.layers.7"

@@ -216,6 +216,7 @@ class Experiment:
             "training_tokens": arm.n_steps * BATCH_SIZE,
             "seed": arm.seed,
             "lr": arm.lr,
+            "lr_warm_up_steps": min(config["lr_warm_up_steps"], arm.n_steps // 10),
             "lr_decay_steps": int(_SHARE_OF_DECAY * arm.n_steps),
             "n_checkpoints": 3,
             "checkpoint_path": str(self._checkpoints(arm)),

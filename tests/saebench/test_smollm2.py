@@ -23,7 +23,7 @@ from sae_lens_matryoshka.demo.smollm2 import MODEL, prepare_model
 from sae_lens_matryoshka.levels import levels
 
 ROOT = Path(__file__).parents[2]
-ARM = Arm("matryoshka", k=16, seed=0, d_sae=512, n_steps=80)
+ARM = Arm("matryoshka", k=16, seed=0, d_sae=512, n_steps=150, lr=3e-3)
 WIDTHS = [16, 48, 112, 240, 512]
 SMALL = """
 import sys
