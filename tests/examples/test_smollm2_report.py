@@ -41,7 +41,8 @@ def test_difference_is_welchs() -> None:
     a, b = [1.0, 2.0, 3.0], [2.0, 2.1, 2.6]
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     value = difference(a, b)
-    assert value is not None and value.half is not None
+    assert value is not None
+    assert value.half is not None
     assert value.mean - value.half == pytest.approx(interval.low)
     assert value.mean + value.half == pytest.approx(interval.high)
     assert difference([1.0], b) == pytest.approx((1.0 - 6.7 / 3, None, 1))
