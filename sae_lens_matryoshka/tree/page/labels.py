@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILENAME = "labels.json"  # beside the page: read without being asked for
 _ACCEPTED = (
     'labels are JSON such as {"23": "weather"}, what the page exports, or a result of SAEBench\'s '
     "autointerp"
