@@ -53,9 +53,7 @@ _MAX_CHARACTERS = 1500  # of a docstring: 400 tokens or so
 N_PAGE_TOKENS = 30_000
 
 
-def show_shipped_sae(
-    path: Path, page: Path, folder: Path = SAE_FOLDER
-) -> list[LevelStats] | None:
+def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] | None:
     """Draw and measure the levels of the SAE that comes with the package, and write its page.
 
     Its model is saved in the working directory, unless it is there. Without a network, or without
@@ -118,7 +116,7 @@ def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
 
 
 def reference() -> Dataset:
-    """Long English texts that are on every machine: Python's language reference, as `help` has it."""
+    """Long English texts that are on every machine: the reference that Python's `help` shows."""
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     return Dataset.from_dict({"text": list(topics.values())})
 

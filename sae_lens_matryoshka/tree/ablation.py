@@ -1,7 +1,7 @@
 """How the model's loss changes if a latent is ablated, estimated by gradient.
 
-With the activation x = x̂ + error, ablating latent j on a token takes a_j d_j from x, where d_j is its
-decoder row. To first order the loss of the text changes by
+With the activation x = x̂ + error, ablating latent j on a token takes a_j d_j from x, where d_j is
+its decoder row. To first order the loss of the text changes by
 
     −a_j ⟨∂L/∂x, d_j⟩,      L = Σ of the losses of the context's tokens, in nats
 
