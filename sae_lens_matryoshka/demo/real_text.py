@@ -90,7 +90,7 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
     )
     levels = show_levels(sae, model, path)
     print("Which of its latents specialise which, on the reference of Python", flush=True)
-    name = f"{metadata.model_name.rpartition('/')[2]}, {metadata.hook_name}"
+    name = "The SAE that comes with the package"
     write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
     return levels
 
