@@ -69,7 +69,7 @@ class TokenTexts:
 
 def naming_words(tokens: Sequence[int], text_of: TextOf, n_words: int = 5) -> list[str]:
     """The most frequent tokens among a latent's examples, without the spaces around them."""
-    texts = (text_of(int(token)) for token in tokens)
+    texts = map(text_of, tokens)
     return [word for word, _ in Counter(t.strip(" ") or t for t in texts).most_common(n_words)]
 
 

@@ -157,7 +157,7 @@ def _index(
         for latent in range(len(tree.latents)):
             quantiles = examples.quantile_tokens[latent].reshape(-1)
             rows = np.concatenate([examples.top_tokens[latent], quantiles])
-            words.append(naming_words(corpus.ids(rows[rows >= 0]), text_of))
+            words.append(naming_words(corpus.ids(rows[rows >= 0]).tolist(), text_of))
     return {
         "settings": tree.settings,
         "summary": tree.summary,
