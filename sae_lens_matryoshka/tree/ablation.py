@@ -45,8 +45,8 @@ class Ablation(NamedTuple):
 def ablation_of(gathered: Gathered, sae: SAE[Any], model: Any) -> Float[np.ndarray, " d_sae"]:
     """The mean change of the loss where each latent fires, in nats; NaN if it never does.
 
-    What is done is written to the folder of `gathered` every ten seconds, and a later call goes on
-    from there.
+    What is done is written to the folder of `gathered` every ten seconds, where a later call
+    resumes.
 
     Args:
         gathered: With texts.
