@@ -18,10 +18,10 @@ BOS = 0
 
 
 def tokenizer() -> Any:
-    words = {"<s>": BOS, **{f"w{i}": i for i in range(1, VOCAB)}}
+    words = {"<s>": BOS, **{f"w{i}": i for i in range(1, VOCAB)}, "<pad>": VOCAB}
     raw = Tokenizer(WordLevel(words, unk_token="w1"))
     raw.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", pad_token="<pad>")
 
 
 def transformer_lens_model() -> tuple[Any, str]:
