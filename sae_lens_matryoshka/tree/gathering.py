@@ -54,8 +54,7 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         OSError: a file can't be written; the shards before it are kept.
     """
     cfg = sae.cfg
-    weights = xxh3_64(sae.W_dec.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    settings = {**source.settings, "n_tokens": n_tokens, "weights": weights.hexdigest()}
+    settings = {**source.settings, "n_tokens": n_tokens, "weights": hash_of_weights(sae)}
     index = _index_of(folder, Index(cfg.d_sae, cfg.d_in, settings))
     if index.is_complete:
         return Gathered(folder)
@@ -82,6 +81,12 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         raise ValueError("there are no activations to build a tree from.")
     replace(index, is_complete=True).write(folder)
     return Gathered(folder)
+
+
+def hash_of_weights(sae: SAE[Any]) -> str:
+    """By which a gathered folder knows its SAE."""
+    data = sae.W_dec.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return xxh3_64(data).hexdigest()
 
 
 def _index_of(folder: Path, wanted: Index) -> Index:
