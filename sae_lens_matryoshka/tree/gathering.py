@@ -39,6 +39,12 @@ def as_inference(sae: SAE[Any]) -> SAE[Any]:
     return sae
 
 
+def fingerprint(sae: SAE[Any]) -> str:
+    """A hash of the decoder, by which SAEs are told apart."""
+    weights = sae.W_dec.detach().cpu().contiguous().view(torch.uint8)
+    return xxh3_64(weights.numpy().data).hexdigest()
+
+
 @torch.no_grad()
 def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gathered:
     """Encode tokens and sum up activations; a folder with the same settings is continued.
@@ -54,7 +60,7 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         OSError: a file can't be written; the shards before it are kept.
     """
     cfg = sae.cfg
-    settings = {**source.settings, "n_tokens": n_tokens, "weights": hash_of_weights(sae)}
+    settings = {**source.settings, "n_tokens": n_tokens, "weights": fingerprint(sae)}
     index = _index_of(folder, Index(cfg.d_sae, cfg.d_in, settings))
     if index.is_complete:
         return Gathered(folder)
@@ -81,12 +87,6 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         raise ValueError("there are no activations to build a tree from.")
     replace(index, is_complete=True).write(folder)
     return Gathered(folder)
-
-
-def hash_of_weights(sae: SAE[Any]) -> str:
-    """By which a gathered folder knows its SAE."""
-    data = sae.W_dec.detach().cpu().contiguous().view(torch.uint8).numpy().data
-    return xxh3_64(data).hexdigest()
 
 
 def _index_of(folder: Path, wanted: Index) -> Index:

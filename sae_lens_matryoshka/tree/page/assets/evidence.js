@@ -42,7 +42,12 @@ function tests(edge, parent, child) {
 function edgeRow(edge, parent, child, shown) {
   const failed = edge.passed ? [] : tests(edge, parent, child).filter(([ok]) => !ok).map(([, name]) => name.toLowerCase());
   const row = h("details", { class: `edge ${colour(shown)}`, ontoggle: () => {
-    if (row.children.length === 1) row.append(...evidence(edge, parent, child));
+    if (row.children.length > 1) return;
+    const firing = h("div", { class: "firing" });
+    row.append(firing, ...evidence(edge, parent, child));
+    if (index.has_words)
+      detailOf(shown).then((detail) => firing.append(
+        h("p", { class: "quiet" }, `Where ${shown} fires most:`), ...detail.top.slice(0, 3).map((values) => example(values, detail))), showError);
   } },
   h("summary", {}, latentLink(shown),
     failed.length ? h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`) : null,
