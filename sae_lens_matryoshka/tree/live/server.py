@@ -11,6 +11,7 @@ Answers other than 200 are {"error": one sentence}. The model answers one reques
 """
 
 import asyncio
+import json
 import secrets
 import socket
 import threading
@@ -34,9 +35,8 @@ from starlette.staticfiles import StaticFiles
 from sae_lens_matryoshka.levels.stats import token_ids
 from sae_lens_matryoshka.steering.generation import compare, prompt_tokens
 from sae_lens_matryoshka.tree.gathered import Gathered
-from sae_lens_matryoshka.tree.gathering import as_inference, hash_of_weights
+from sae_lens_matryoshka.tree.gathering import as_inference, fingerprint
 from sae_lens_matryoshka.tree.live.guard import Guard, refused
-from sae_lens_matryoshka.tree.live.labels import Labels
 from sae_lens_matryoshka.tree.live.requests import (
     LABEL_LENGTH,
     NEW_TOKENS,
@@ -46,9 +46,12 @@ from sae_lens_matryoshka.tree.live.requests import (
     latents_in,
     text_in,
 )
-from sae_lens_matryoshka.tree.page.corpus import text_of_tokens
+from sae_lens_matryoshka.tree.page.labels import FILENAME as LABELS
+from sae_lens_matryoshka.tree.page.labels import read_labels
 from sae_lens_matryoshka.tree.page.texts import text_for_page
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
 from sae_lens_matryoshka.tree.tree import Tree
+from sae_lens_matryoshka.util.files import atomic_file
 
 _SECONDS = 120  # that an answer of the model may take
 _SCRIPT = Path(__file__).with_name("live.js")
@@ -60,6 +63,12 @@ def listen(port: int) -> socket.socket:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
         raise OSError(f"--port {port} can't be used: {error.strerror}; give another.") from error
+
+
+def check_page(folder: Path) -> None:
+    """Check that a page was written in a folder; ValueError if it was not."""
+    if not (folder / "index.html").is_file() or not (folder / "data").is_dir():
+        raise ValueError(f"{folder} has no page with its data/: give --dataset to write one.")
 
 
 class Live:
@@ -76,19 +85,21 @@ class Live:
     """
 
     def __init__(self, folder: Path, sae: SAE[Any], model: Any, name: str):
-        if not (folder / "index.html").is_file():
-            raise ValueError(f"{folder} has no page: give --dataset to write one.")
+        check_page(folder)
         self._sae, self._model, self._tree = sae, model, Tree.load(folder / "tree.json")
         weights = self._tree.settings["source"]["weights"]
-        if weights != hash_of_weights(sae):
+        if weights != fingerprint(sae):
             raise ValueError(f"{folder} has the page of another SAE: give another folder.")
         if getattr(model, "tokenizer", None) is None:
             raise ValueError("the model has no tokenizer, so it can't read a text.")
         self._sae = as_inference(sae)
         gathered = Gathered(folder / "gathered")
         self._mean = torch.from_numpy(gathered.sums["total"] / gathered.n_tokens).float()
-        self._text_of = text_of_tokens(model.tokenizer)
-        self._labels = Labels(folder / "labels.json", sae.cfg.d_sae, name, weights)
+        self._text_of = TokenTexts(model.tokenizer)
+        self._about = {"format_version": 1, "sae": name, "weights": weights}
+        self._labels: dict[int, str] = {}
+        if (folder / LABELS).exists():
+            self._labels = read_labels(folder / LABELS, sae.cfg.d_sae, weights)
         self._folder, self._busy = folder, threading.Lock()
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is
 
@@ -121,12 +132,18 @@ class Live:
 
     def _state(self, request: Request) -> Response:
         limits = {"text": TEXT_LENGTH, "new_tokens": NEW_TOKENS, "label": LABEL_LENGTH}
-        return JSONResponse({"labels": self._labels.of_latent, "limits": limits})
+        return JSONResponse({"labels": self._labels, "limits": limits})
 
     async def _label(self, request: Request) -> Response:
         values = await json_of(request)
         latent = count_in(values, "latent", 0, self._sae.cfg.d_sae - 1)
-        self._labels.set(latent, text_in(values, "label", LABEL_LENGTH))
+        label = text_in(values, "label", LABEL_LENGTH).strip()
+        changed = {**self._labels, latent: label}
+        changed = {number: text for number, text in sorted(changed.items()) if text}
+        with atomic_file(self._folder / LABELS) as unfinished:  # as the page exports it
+            text = json.dumps({**self._about, "labels": changed}, indent=1)
+            unfinished.write_text(text + "\n", encoding="utf-8")
+        self._labels = changed
         return JSONResponse({})
 
     async def _read(self, request: Request) -> Response:
