@@ -22,7 +22,7 @@ from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathering import gather
 from sae_lens_matryoshka.tree.page import write_page
 from sae_lens_matryoshka.tree.sources import Batch
-from tests.tree.worlds import D_IN, WIDTHS, exact_sae, small_world
+from tests.tree.worlds import D_IN, exact_sae, small_world
 
 N_WORDS, N_TOKENS, CONTEXT = 30, 3200, 16
 SECONDS_PER_PASS = 0.02
@@ -43,7 +43,7 @@ class Texts:
 
 
 def sae() -> Any:
-    made = exact_sae(8, WIDTHS)
+    made = exact_sae(8, [2, 5, 8])
     made.cfg.metadata.hook_name = HOOK
     made.cfg.metadata.model_name = "tiny"
     made.cfg.metadata.prepend_bos = True

@@ -16,9 +16,10 @@ from playwright.sync_api import expect
 
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.steering import compare
+from sae_lens_matryoshka.tree import Tree
 from tests.tree.browser import open_browser
 from tests.tree.live_world import model, sae, start, write
-from tests.tree.worlds import CHILD, PARENT
+from tests.tree.worlds import CHILD, GRANDCHILD
 
 STEER = {
     "prompt": "w3 w4",
@@ -137,12 +138,13 @@ def test_steering_is_that_of_python(server):
     )
     family = {**STEER, "mode": "set", "changes": [{"what": "family", "latent": CHILD, "value": 9}]}
     status, text, _ = server.ask("/live/steer", family)
-    children = [CHILD, 2]  # and the grandchild, which is the only one
-    expected = compare(own, sae(), "w3 w4", dict.fromkeys(children, 9.0), "set", max_new_tokens=6)
+    assert Tree.load(server.folder / "page" / "tree.json").children(CHILD) == [GRANDCHILD]
+    expected = {CHILD: 9.0, GRANDCHILD: 9.0}
+    expected = compare(own, sae(), "w3 w4", expected, "set", max_new_tokens=6)
     assert json.loads(text) == expected._asdict()
     level = {**STEER, "mode": "ablate", "changes": [{"what": "level", "latent": CHILD}]}
     status, text, _ = server.ask("/live/steer", level)
-    expected = compare(own, sae(), "w3 w4", range(1, 5), "ablate", max_new_tokens=6)
+    expected = compare(own, sae(), "w3 w4", range(2), "ablate", max_new_tokens=6)
     assert json.loads(text) == expected._asdict()
 
 
@@ -295,7 +297,8 @@ def test_the_live_page_in_a_browser(server):
         problems: list[str] = []
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"http://127.0.0.1:{server.port}/?token={server.token}#latent={CHILD}")
+        address = f"http://127.0.0.1:{server.port}/"
+        page.goto(f"{address}?token={server.token}#latent={CHILD}")
         expect(page.locator("#latent h2")).to_contain_text(f"Latent {CHILD}")
         assert "token" not in page.url
         page.fill("#prompt", "w3 w4 w5")
@@ -314,7 +317,7 @@ def test_the_live_page_in_a_browser(server):
         page.click("#generate")
         expect(page.locator("#steered")).to_be_visible()
         expected = compare(
-            model(), sae(), "w3 w4 w5", {CHILD: 9.0, 2: 9.0}, "set", max_new_tokens=6
+            model(), sae(), "w3 w4 w5", {CHILD: 9.0, GRANDCHILD: 9.0}, "set", max_new_tokens=6
         )
         for name in ("unsteered", "steered", "control"):
             text = page.locator(f"#{name} p").last
@@ -323,13 +326,14 @@ def test_the_live_page_in_a_browser(server):
         page.click("#generate")
         expect(page.locator("#live-status")).to_contain_text("Choose a latent")
 
-        page.fill("#label", "my <i>label</i>")
+        page.goto(f"{address}#latent={CHILD}")
         path = server.folder / "page" / "labels.json"
-        page.wait_for_response("**/live/label")
+        with page.expect_response("**/live/label"):
+            page.fill("#label", "my <i>label</i>")
         assert json.loads(path.read_text())["labels"] == {str(CHILD): "my <i>label</i>"}
         page.reload()
         expect(page.locator("#label")).to_have_value("my <i>label</i>")
-        page.goto(f"http://127.0.0.1:{server.port}/#latent={PARENT}")
+        page.goto(f"{address}#latent={GRANDCHILD}")
         expect(page.locator("#family")).to_contain_text("my <i>label</i>")
         assert problems == []
 
@@ -338,16 +342,17 @@ def test_sigterm_ends_it_in_the_middle_of_a_generation(server):
     port = free_port()
     process, token = start(server.folder, port)
     other = server._replace(port=port, token=token)
-    thread = threading.Thread(
-        target=lambda: other.ask("/live/steer", {**STEER, "new_tokens": 100}), daemon=True
-    )
+    answers: list[Any] = []
+    long = {**STEER, "new_tokens": 100}  # which takes over 6 seconds
+    thread = threading.Thread(target=lambda: answers.append(other.error("/live/steer", long)))
     thread.start()
     time.sleep(0.5)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 5
-    thread.join()
+    thread.join(30)
+    assert time.monotonic() - begin < 4
+    assert answers == [(503, "the server ends.")]
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert "Traceback" not in process.stderr.read()
 
 
@@ -360,7 +365,7 @@ def test_what_is_refused_before_the_model_loads(server, monkeypatch, capsys):
     assert cli.main([*words, "--port", str(server.port)]) == 1
     error = capsys.readouterr().err
     assert error == (
-        f"error: --port {server.port} can't be used: Address already in use; give another.\n"
+        f"error: --port {server.port} can't be used (Address already in use): give another.\n"
     )
     assert cli.main([*words[:2], "--out", str(server.folder / "new"), "--serve"]) == 2
     assert "has no page with its data/: give --dataset to write one" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 "use strict";
 // The served page: read a text of your own, steer latents, keep labels in a file. Comes after the page's own scripts.
 
-const CHANGES = { add: "add to the activation", set: "set the activation", scale: "scale the activation", ablate: "ablate" };
-const WHAT = { latent: "the latent", family: "it and its children", level: "its whole level" };
-const steering = { mode: "add", changes: [] }; // of {what, latent, value, max}
+const CHANGES = { add: "add to the activation", set: "set the activation to", scale: "scale the activation by", ablate: "ablate" };
+const WHAT = { latent: "it alone", family: "it and its children", level: "its whole level" };
+const steering = { mode: "add", latent: undefined, changes: [] }; // the latent seen last; of {what, latent, value, max}
 
 const style = new CSSStyleSheet();
 style.replaceSync(`
@@ -75,10 +75,10 @@ const generate = () => busy("Generating three texts …", async () => {
 });
 
 async function addChange() {
-  const { latent } = state();
-  if (!(latent in index.fired)) return say("Choose a latent in the forest first.");
-  const { max } = await detailOf(Number(latent));
-  const change = { what: byId("what").value, latent: Number(latent), max: Math.max(1, Math.ceil(max)) };
+  const { latent } = steering;
+  if (latent === undefined) return say("Choose a latent in the forest first.");
+  const { max } = await detailOf(latent);
+  const change = { what: byId("what").value, latent, max: Math.max(1, Math.ceil(max)) };
   steering.changes = steering.changes.filter((other) => other.what !== change.what || other.latent !== change.latent);
   steering.changes.push({ ...change, value: startOf(change) });
   say("");
@@ -110,6 +110,12 @@ function drawChanges() {
   }));
 }
 
+function noteLatent() {
+  const { latent } = state();
+  if (latent in index.fired) steering.latent = Number(latent);
+  byId("seen").textContent = steering.latent === undefined ? "a latent that you look at" : `latent ${steering.latent}`;
+}
+
 function livePanel(limits) {
   const options = (texts) => Object.entries(texts).map(([value, text]) => h("option", { value }, text));
   const mode = h("select", { id: "mode", onchange: (event) => {
@@ -127,9 +133,9 @@ function livePanel(limits) {
       h("label", {}, "seed ", h("input", { id: "seed", type: "number", min: 0, value: 0 })),
       h("span", { id: "live-status", role: "status" })),
     h("div", { class: "tools" },
-      h("label", {}, "Of the latent in view ", h("select", { id: "what" }, options(WHAT))),
-      h("button", { id: "add", onclick: addChange }, "add to the changes"),
-      h("label", {}, "which ", mode)),
+      h("label", {}, "Of ", h("b", { id: "seen" }), " take ", h("select", { id: "what" }, options(WHAT))),
+      h("button", { id: "add", onclick: addChange }, "add to the list"),
+      h("label", {}, "and ", mode)),
     h("ul", { id: "changes", class: "plain" }),
     h("div", { id: "written" }));
 }
@@ -147,6 +153,8 @@ setLabel = (latent, text) => {
 load("index").then(async () => {
   const { labels: saved, limits } = await ask("live/state");
   document.querySelector("header").after(livePanel(limits));
+  noteLatent();
+  addEventListener("hashchange", noteLatent);
   labels = saved;
   shown = {}; // drawn again, with these labels
   await show();

@@ -12,6 +12,7 @@ Answers other than 200 are {"error": one sentence}. The model answers one reques
 
 import asyncio
 import json
+import os
 import secrets
 import socket
 import threading
@@ -62,7 +63,8 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise OSError(f"--port {port} can't be used: {error.strerror}; give another.") from error
+        reason = os.strerror(error.errno or 0)
+        raise OSError(f"--port {port} can't be used ({reason}): give another.") from error
 
 
 def check_page(folder: Path) -> None:
@@ -194,7 +196,7 @@ class Live:
 
         def check() -> None:
             if has_left.is_set() or self.is_stopping():
-                raise TimeoutError("the answer is not wanted any more.")
+                raise TimeoutError("the server ends." if self.is_stopping() else "nobody waits.")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"it took over {_SECONDS} seconds: ask for fewer tokens.")
 
