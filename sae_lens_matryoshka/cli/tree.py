@@ -43,6 +43,20 @@ def add_parser(commands: Any) -> None:
         help="coverage: only P(parent | child), without the other tests (default: %(default)s)",
     )
     add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="labels of latents: a JSON file that the page exported, or of SAEBench's autointerp; "
+        "labels.json in --out is read too",
+    )
+    add(
+        "--ablation",
+        action="store_true",
+        help="estimate how the model's loss changes without each latent, which takes about three "
+        "times the whole model's pass over the texts",
+    )
+    add("--single-file", action="store_true", help="write the page as one file, for a small SAE")
+    add(
         "--serve",
         action="store_true",
         help="then serve the page with its model, on this machine alone; without --dataset or "
@@ -63,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     has_data = bool(args.activations or args.dataset)
     if not has_data and not args.serve:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
+    if args.ablation and not args.dataset:
+        raise ValueError("--ablation needs the model and its texts: give --dataset.")
+    if args.serve and args.single_file:
+        raise ValueError("--serve needs the page as a folder: leave --single-file out.")
+    if args.labels and not has_data:
+        raise ValueError("--labels go into a page that is written: give --dataset.")
     out: Path = args.out
     known = {"gathered", "tree.json", "examples.safetensors", "index.html", "data", "labels.json"}
     others = {file.name for file in out.iterdir()} - known if out.is_dir() else set()
@@ -72,9 +92,13 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
     from sae_lens_matryoshka.hub.load import load_sae
     from sae_lens_matryoshka.tree import build_tree
+    from sae_lens_matryoshka.tree.ablation import ablation_of, check_ablation
     from sae_lens_matryoshka.tree.examples import find_examples
     from sae_lens_matryoshka.tree.gathered import Gathered
+    from sae_lens_matryoshka.tree.gathering import fingerprint
     from sae_lens_matryoshka.tree.page import write_page
+    from sae_lens_matryoshka.tree.page.labels import read_labels
+    from sae_lens_matryoshka.tree.page.tokens import TokenTexts
     from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
     from sae_lens_matryoshka.util.files import check_writable
 
@@ -85,6 +109,12 @@ def run(args: argparse.Namespace) -> int:
     sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
     if listening and not has_data:
         return _serve(listening, args, sae, load_model_of(sae, args))
+    labels: dict[int, str] = {}
+    beside = out / "labels.json"
+    for file in filter(None, (args.labels, beside if beside.exists() else None)):
+        labels |= read_labels(file, sae.cfg.d_sae, fingerprint(sae))
+    if args.ablation:
+        check_ablation(sae)
     data: dict[str, Any]
     if args.activations:
         data = {"activations": open_given(args.activations, sae)}
@@ -98,18 +128,30 @@ def run(args: argparse.Namespace) -> int:
         )
         gathered = Gathered(out / "gathered")
         examples = find_examples(gathered)
+        ablation = ablation_of(gathered, sae, data["model"]) if args.ablation else None
     except (KeyboardInterrupt, SystemExit):
         print(f"\nStopped. The same command resumes from what is in {out}.", file=sys.stderr)
         raise
     examples.save(out / "examples.safetensors")
     tree.save(out / "tree.json")
-    write_page(out, tree, gathered, examples, sae, data.get("model"), _name(args))
+    write_page(
+        out,
+        tree,
+        gathered,
+        examples,
+        sae,
+        data.get("model"),
+        _name(args),
+        labels=labels,
+        ablation=ablation,
+        single_file=args.single_file,
+    )
     if not tree.settings["rules"]["parents_by_level"]:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
     tokenizer = getattr(data.get("model"), "tokenizer", None)
     if tokenizer:
-        families = family_lines(tree, words_of(gathered, examples, tokenizer.decode))
+        families = family_lines(tree, words_of(gathered, examples, TokenTexts(tokenizer)))
     else:
         families = family_lines(tree)
     print("\n" + ("\n".join(families) or "No edge passed."))

@@ -1,7 +1,7 @@
 """How the model's loss changes if a latent is ablated, estimated by gradient.
 
-With the activation x = x̂ + error, ablating latent j on a token takes a_j d_j from x, where d_j is its
-decoder row. To first order the loss of the text changes by
+With the activation x = x̂ + error, ablating latent j on a token takes a_j d_j from x, where d_j is
+its decoder row. To first order the loss of the text changes by
 
     −a_j ⟨∂L/∂x, d_j⟩,      L = Σ of the losses of the context's tokens, in nats
 
@@ -59,12 +59,7 @@ def ablation_of(gathered: Gathered, sae: SAE[Any], model: Any) -> Float[np.ndarr
     """
     if not gathered.has_tokens():
         raise ValueError("the change of the loss needs texts: give a model and a dataset.")
-    normalization = sae.cfg.normalize_activations
-    if normalization in _NORMALIZED:
-        raise ValueError(
-            f"the change of the loss can't be estimated for normalize_activations={normalization!r}"
-            ": an SAE is needed that takes the model's activations as they are."
-        )
+    check_ablation(sae)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     path = gathered.folder / _FILENAME
@@ -90,6 +85,20 @@ def ablation_of(gathered: Gathered, sae: SAE[Any], model: Any) -> Float[np.ndarr
     bar.close()
     _write(path, done)
     return np.where(gathered.counts > 0, done.total / np.maximum(gathered.counts, 1), np.nan)
+
+
+def check_ablation(sae: SAE[Any]) -> None:
+    """Check that a latent's activation times its decoder row is a part of the activation.
+
+    Raises:
+        ValueError: it isn't, since the SAE normalises each token.
+    """
+    normalization = sae.cfg.normalize_activations
+    if normalization in _NORMALIZED:
+        raise ValueError(
+            f"the change of the loss can't be estimated for normalize_activations={normalization!r}"
+            ": an SAE is needed that takes the model's activations as they are."
+        )
 
 
 def _batches(

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILENAME = "labels.json"  # beside the page: read without being asked for
 _ACCEPTED = (
     'labels are JSON such as {"23": "weather"}, what the page exports, or a result of SAEBench\'s '
     "autointerp"
@@ -49,7 +48,7 @@ def read_labels(path: Path, d_sae: int, weights: str) -> dict[int, str]:
 def _explanations(result: dict[str, Any]) -> dict[str, Any]:
     details = result.get("eval_result_unstructured")
     if not isinstance(details, dict):
-        return {}
+        return result
     return {
         latent: detail.get("explanation") if isinstance(detail, dict) else None
         for latent, detail in details.items()

@@ -90,7 +90,6 @@ def write_page(
     index = {
         **_index(tree, examples, corpus, text_of),
         "name": name,
-        "hook": sae.cfg.metadata.hook_name,
         "labels": labels or {},
         "texts": ["".join(text["tokens"])[:120] for text in texts],
         "has_words": corpus is not None,
@@ -106,7 +105,7 @@ def write_page(
 
     data, path = folder / "data", folder / "index.html"
     if single_file:
-        _write_html(path, tree, name, dict(files()))
+        _write_html(path, tree, sae, name, dict(files()))
         shutil.rmtree(data, ignore_errors=True)
         return path
     with atomic_folder(data) as unfinished:
@@ -114,11 +113,13 @@ def write_page(
             shutil.copy(asset, unfinished)
         for file, text in files():
             (unfinished / f"{file}.js").write_text(f'receive("{file}",{text})\n', encoding="ascii")
-    _write_html(path, tree, name)
+    _write_html(path, tree, sae, name)
     return path
 
 
-def _write_html(path: Path, tree: Tree, name: str, data: Mapping[str, str] | None = None) -> None:
+def _write_html(
+    path: Path, tree: Tree, sae: SAE[Any], name: str, data: Mapping[str, str] | None = None
+) -> None:
     """Write the page, with its data and its own code within if `data` is given."""
     template = Template(
         (_ASSETS / "index.html.jinja").read_text(encoding="utf-8"),
@@ -129,8 +130,14 @@ def _write_html(path: Path, tree: Tree, name: str, data: Mapping[str, str] | Non
     def asset(file: str) -> str:
         return (_ASSETS / file).read_text(encoding="utf-8")
 
+    model, hook = (sae.cfg.metadata[key] for key in ("model_name", "hook_name"))
     page = template.render(
-        name=name, summary=tree.summary, scripts=_SCRIPTS, data=data, asset=asset
+        name=name,
+        place=f"{model}, {hook}" if model and hook else None,
+        summary=tree.summary,
+        scripts=_SCRIPTS,
+        data=data,
+        asset=asset,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as unfinished:

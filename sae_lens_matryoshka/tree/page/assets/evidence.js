@@ -18,7 +18,7 @@ function tests(edge, parent, child) {
     [edge.coverage >= rules.min_coverage && edge.excess_low >= rules.min_excess, "Coverage",
       `${child} fires on ${count(index.fired[child])} tokens. On ${count(edge.n_both)} of them, ${percent(edge.coverage)}, ` +
       `${parent} fires too (95 % interval: ${percent(edge.coverage_low)} to ${percent(edge.coverage_high)}). ` +
-      `On all tokens it fires on ${percent(rate)}; from there, the interval begins ${way(edge.excess_low)}.`],
+      `On all tokens ${parent} fires on ${percent(rate)}; from there, the interval begins ${way(edge.excess_low)}.`],
     [edge.nearby_excess_low >= rules.min_excess, "Not only the topic",
       edge.nearby === null ? `There are no tokens near those of ${child} where it is silent.`
         : `Near the tokens of ${child}, where ${child} is silent, ${parent} fires on ${percent(edge.nearby)}; from there, ` +

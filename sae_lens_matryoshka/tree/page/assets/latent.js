@@ -49,7 +49,7 @@ function ablated({ ablation }, fired) {
   if (ablation === undefined || !fired) return null;
   const change = ablation === null ? "an unknown number of" : `${ablation < 0 ? "−" : "+"}${short(Math.abs(ablation))}`;
   return h("p", { id: "ablation" }, `Ablated on one token where it fires, it would change the loss of the text that follows by ${change} nats, ` +
-    `on the mean of ${counted(fired, "token", "tokens")} (estimated by gradient).`);
+    `on the mean of ${counted(fired, "token", "tokens")}. Estimated by gradient: trust its sign and order more than its size.`);
 }
 
 function warnings(latent, fired) {
@@ -91,7 +91,7 @@ function family(latent, detail) {
 }
 
 // As the forest has them: those with words of their own first, last those that stand under another parent.
-const placeOf = ({ strongest, other }) => (strongest ? 1 + isDistinct[other] : 0);
+const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * isDistinct[other] + coverage : 0);
 
 function group(title, note, rows) {
   if (!rows.length) return [];
