@@ -77,29 +77,22 @@ def all_arms() -> list[Arm]:
     """Every SAE of the experiment, in the order in which it is trained."""
     seeds = range(3)
     main = ("batchtopk", "matryoshka", "recommended")
-    return list(
-        dict.fromkeys(
-            [
-                *(Arm(recipe, k, seed) for k in (24, 12, 48) for seed in seeds for recipe in main),
-                *(
-                    Arm(recipe, 24, seed, d_sae=16384)
-                    for seed in seeds
-                    for recipe in ("batchtopk", "matryoshka")
-                ),
-                *(
-                    Arm(recipe, 24, seed)
-                    for seed in seeds
-                    for recipe in ("frequency", "ordered", "drawn", "faded")
-                ),
-                *(
-                    Arm(recipe, 24, 0, n_steps=n_steps)
-                    for n_steps in (1100, 2200, 8800)
-                    for recipe in ("batchtopk", "matryoshka")
-                ),
-                *(Arm(recipe, 24, seed, layer=14) for seed in seeds for recipe in main[:2]),
-            ]
-        )
-    )
+    return [
+        *(Arm(recipe, k, seed) for k in (24, 12, 48) for seed in seeds for recipe in main),
+        *(Arm(recipe, 24, seed, d_sae=16384) for seed in seeds for recipe in main[:2]),
+        *(
+            Arm(recipe, 24, seed)
+            for seed in seeds
+            for recipe in ("frequency", "ordered", "drawn", "faded")
+        ),
+        *(
+            Arm(recipe, 24, 0, n_steps=n_steps)
+            for n_steps in (1100, 2200, 8800)
+            for recipe in main[:2]
+        ),
+        *(Arm(recipe, 24, 0, lr=1.2e-3) for recipe in main[:2]),
+        *(Arm(recipe, 24, seed, layer=14) for seed in seeds for recipe in main[:2]),
+    ]
 
 
 def tuning_arms() -> list[Arm]:
@@ -114,5 +107,5 @@ def tuning_arms() -> list[Arm]:
 def evaluated_widths(arm: Arm, evaluation: str) -> list[int]:
     """The widths of the levels that SAEBench runs on: mostly the whole SAE alone."""
     has_levels = arm.recipe in ("matryoshka", "recommended") and evaluation == "absorption"
-    is_default = arm[3:] == Arm("", 0, 0)[3:]
+    is_default = arm == Arm(arm.recipe, arm.k, arm.seed)
     return paper_widths(arm.d_sae) if has_levels and is_default else [arm.d_sae]

@@ -3,42 +3,45 @@
     python -m examples.smollm2.report
 
 A table stands in the page between `<!-- table NAME -->` and `<!-- end -->`, where it is replaced.
-± is half of Student's 95 % interval of the mean over the seeds of training.
 """
 
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
-from scipy import stats
 
-from examples.smollm2.arms import BATCH_SIZE, Arm, all_arms, tuning_arms
+from examples.smollm2.arms import BATCH_SIZE, LR, Arm, all_arms, tuning_arms
+from examples.smollm2.intervals import Value, difference, interpolated, mean
 from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "smollm2.md"
 MAIN = ("batchtopk", "matryoshka", "recommended")
 VARIANTS = (*MAIN, "frequency", "ordered", "drawn", "faded")
+KS = (12, 24, 48)
 # What a row of a table shows: header → where a level's value is, and its digits
 _ABSORPTION = "absorption.mean."
+_PROBES = "sparse_probing_sae_probes.sae.sae_top_"
 COLUMNS = {
     "L0": ("l0", 1),
     "variance expl.": ("explained_variance", 3),
     "dead": ("n_dead", 0),
     "absorption, full": (f"{_ABSORPTION}mean_full_absorption_score", 3),
+    "full, by words": (f"{_ABSORPTION}by_words", 3),
     "absorption, fraction": (f"{_ABSORPTION}mean_absorption_fraction_score", 3),
     "latents per letter": (f"{_ABSORPTION}mean_num_split_features", 2),
+    "probing, top 1": (f"{_PROBES}1_test_auc", 3),
+    "probing, top 5": (f"{_PROBES}5_test_auc", 3),
     "meta-SAE variance": ("meta_structure.meta_structure.decoder_fraction_variance_explained", 3),
     "CE loss score": ("core.model_performance_preservation.ce_loss_score", 3),
     "max cosine": ("max_cosine", 3),
 }
-Value = tuple[float, float | None]  # a mean, and half of its interval; None from one seed
+ABSORPTION = ("absorption, full", "full, by words", "absorption, fraction", "latents per letter")
+SCORES = ("L0", "variance expl.", *ABSORPTION)
 
 
 class Results:
@@ -55,46 +58,59 @@ class Results:
             if file.exists():
                 self._of[arm] = json.loads(file.read_text())
 
-    def seeds(self, arm: Arm) -> list[Arm]:
-        """The SAEs that differ from `arm` in the seed alone, as far as they are trained."""
-        return [other for other in self._of if other._replace(seed=arm.seed) == arm]
-
-    def value(self, arm: Arm, column: str, width: int | None = None) -> Value | None:
-        """A mean over seeds; None if no SAE has the value.
+    def value(self, arm: Arm, column: str, width: int | None = None) -> float | None:
+        """A value of one SAE; None if it is not known.
 
         Args:
-            arm: One of the SAEs.
+            arm: The SAE.
             column: A key of `COLUMNS`.
             width: Of the level; by default the whole SAE.
         """
+        width = width or arm.d_sae
+        result = self._of.get(arm, {})
         path, _ = COLUMNS[column]
-        found = [self._read(seed, path, width or arm.d_sae) for seed in self.seeds(arm)]
-        values = [value for value in found if value is not None]
-        if not values:
-            return None
-        if len(values) == 1:
-            return values[0], None
-        half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-        return statistics.fmean(values), float(half)
-
-    def _read(self, arm: Arm, path: str, width: int) -> float | None:
-        result = self._of[arm]
         evaluation, _, rest = path.partition(".")
         if not rest:
-            (level,) = (level for level in result["levels"] if level["width"] == width)
-            return level[path]
-        value: Any = result["saebench"].get(evaluation, {}).get("widths", {}).get(str(width))
+            of_width = [level for level in result.get("levels", []) if level["width"] == width]
+            return of_width[0][path] if of_width else None
+        known = result.get("saebench", {}).get(evaluation, {}).get("widths", {}).get(str(width))
+        if known is None:
+            return None
+        if rest == "mean.by_words":
+            letters = known["letters"].values()
+            n_words = sum(letter["num_probe_true_positives"] for letter in letters)
+            return sum(letter["num_full_absorption"] for letter in letters) / n_words
         for key in rest.split("."):
-            value = None if value is None else value[key]
-        return value
+            known = known[key]
+        return known
+
+    def by_seed(self, arm: Arm, column: str, width: int | None = None) -> dict[int, float]:
+        """The values of the SAEs that differ from `arm` in the seed alone: seed → value."""
+        seeds = [other for other in self._of if other._replace(seed=arm.seed) == arm]
+        values = {seed.seed: self.value(seed, column, width) for seed in seeds}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def at_variance(self, arm: Arm, column: str, explained: float) -> float | None:
+        """A value of an SAE of another k that explains as much, between those that are trained."""
+        arms = [arm._replace(k=k) for k in KS]
+        points = [(self.value(a, "variance expl."), self.value(a, column)) for a in arms]
+        known = [(x, y) for x, y in points if x is not None and y is not None]
+        return interpolated(known, explained)
 
 
-def cell(value: Value | None, digits: int) -> str:
-    """A value as tables show it."""
+def cell(value: Value | None, digits: int, n: int = 0, sign: str = "") -> str:
+    """A value as tables show it.
+
+    Args:
+        value: A mean, and half of its interval.
+        digits: After the point.
+        n: The seeds of its row; where the value has fewer, it says how many.
+        sign: "+" to show the sign of positive values too.
+    """
     if value is None:
         return ""
-    mean, half = value
-    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    half = "" if value.half is None else f" ± {value.half:.{digits}f}"
+    return f"{value.mean:{sign}.{digits}f}{half}" + (f" (n {value.n})" if value.n < n else "")
 
 
 def table(
@@ -103,35 +119,75 @@ def table(
     """A row for each SAE or level that is trained: its label → a seed of it, and the width."""
     lines = []
     for label, (arm, width) in rows.items():
-        if seeds := results.seeds(arm):
-            cells = [cell(results.value(arm, c, width), COLUMNS[c][1]) for c in columns]
-            lines.append([label, *cells, str(len(seeds))])
+        values = [mean(results.by_seed(arm, column, width).values()) for column in columns]
+        n = max((value.n for value in values if value), default=0)
+        if n:
+            digits = [COLUMNS[column][1] for column in columns]
+            cells = [cell(*each, n) for each in zip(values, digits, strict=True)]
+            lines.append([label, *cells, str(n)])
     return markdown_table([first, *columns, "seeds"], lines)
+
+
+def differences(results: Results, columns: Sequence[str]) -> str:
+    """What nesting changes at the same k: a row for each k and recipe."""
+    lines = []
+    for k in KS:
+        for recipe in MAIN[1:]:
+            cells = []
+            for column in columns:
+                nested, plain = (results.by_seed(Arm(r, k, 0), column) for r in (recipe, MAIN[0]))
+                value = difference(nested.values(), plain.values())
+                cells.append(cell(value, COLUMNS[column][1], sign="+"))
+            if any(cells):
+                lines.append([f"{recipe}, k {k}", *cells])
+    return markdown_table(["against batchtopk", *columns], lines)
+
+
+def at_equal_variance(results: Results, columns: Sequence[str]) -> str:
+    """What nesting changes where BatchTopK explains as much: a row for each k and recipe."""
+    lines = []
+    for k in KS:
+        for recipe in MAIN[1:]:
+            explained = results.by_seed(Arm(recipe, k, 0), "variance expl.")
+            cells = []
+            for column in columns:
+                nested = results.by_seed(Arm(recipe, k, 0), column)
+                plain = {
+                    seed: results.at_variance(Arm(MAIN[0], k, seed), column, explained[seed])
+                    for seed in nested
+                }
+                changes = [nested[s] - other for s, other in plain.items() if other is not None]
+                cells.append(cell(mean(changes), COLUMNS[column][1], len(explained), sign="+"))
+            if any(cells):
+                label = f"{recipe}, k {k}"
+                lines.append([label, cell(mean(explained.values()), 3), *cells])
+    return markdown_table(["against batchtopk", "variance expl.", *columns], lines)
 
 
 def tables(results: Results) -> dict[str, str]:
     """Every table of the page."""
-    absorption = ("absorption, full", "absorption, fraction", "latents per letter")
-    scores = ("L0", "variance expl.", *absorption)
 
     def whole(arms: Iterable[tuple[str, Arm]]) -> dict[str, tuple[Arm, int]]:
         return {label: (arm, arm.d_sae) for label, arm in arms}
 
+    main = whole((f"{r}, k {k}", Arm(r, k, 0)) for k in KS for r in MAIN)
+    others = (
+        *("probing, top 1", "probing, top 5", "meta-SAE variance"),
+        *("max cosine", "CE loss score", "dead"),
+    )
     levels = {
         f"{recipe}, {width}": (Arm(recipe, 24, 0), width)
         for recipe in MAIN[1:]
         for width in Arm(recipe, 24, 0).options()["matryoshka_widths"]
     }
     return {
-        "main": table(
-            results,
-            "SAE",
-            whole((f"{r}, k {k}", Arm(r, k, 0)) for k in (12, 24, 48) for r in MAIN),
-            (*scores, "dead", "CE loss score", "meta-SAE variance", "max cosine"),
-        ),
-        "levels": table(results, "level", levels, (*scores, "dead")),
+        "main": table(results, "SAE", main, SCORES),
+        "others": table(results, "SAE", main, others),
+        "differences": differences(results, ("variance expl.", *ABSORPTION, *others[:2])),
+        "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
+        "levels": table(results, "level", levels, (*SCORES, "dead")),
         "variants": table(
-            results, "SAE", whole((r, Arm(r, 24, 0)) for r in VARIANTS), (*scores, "dead")
+            results, "SAE", whole((r, Arm(r, 24, 0)) for r in VARIANTS), (*SCORES, "dead")
         ),
         "width": table(
             results,
@@ -141,7 +197,7 @@ def tables(results: Results) -> dict[str, str]:
                 for d_sae in (4096, 16384)
                 for r in MAIN[:2]
             ),
-            (*scores, "meta-SAE variance"),
+            (*SCORES, "meta-SAE variance"),
         ),
         "tokens": table(
             results,
@@ -151,13 +207,13 @@ def tables(results: Results) -> dict[str, str]:
                 for r in MAIN[:2]
                 for n in (1100, 2200, 4400, 8800)
             ),
-            (*scores, "dead"),
+            (*SCORES, "dead"),
         ),
         "layer": table(
             results,
             "SAE",
             whole((f"{r}, layer {n}", Arm(r, 24, 0, layer=n)) for n in (7, 14) for r in MAIN[:2]),
-            scores,
+            SCORES,
         ),
         "tuning": table(
             results,
@@ -165,33 +221,41 @@ def tables(results: Results) -> dict[str, str]:
             whole((f"{arm.recipe}, lr {arm.lr:g}", arm) for arm in tuning_arms()),
             ("L0", "variance expl.", "dead"),
         ),
+        "rate": table(
+            results,
+            "SAE",
+            whole(
+                (f"{r}, lr {lr:g}", Arm(r, 24, 0, lr=lr)) for lr in (LR, 1.2e-3) for r in MAIN[:2]
+            ),
+            (*SCORES, "dead"),
+        ),
     }
 
 
 def draw(results: Results, path: Path) -> None:
     """Absorption, latents per letter and variance explained against L0, with intervals."""
-    shown = ("absorption, full", "absorption, fraction", "latents per letter", "variance expl.")
+    shown = ("absorption, full", "full, by words", "absorption, fraction", "variance expl.")
     figure = Figure(figsize=(4 * len(shown), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shown))
     for axis, column in zip(axes, shown, strict=True):
         for recipe, style in zip(MAIN, ("s--", "o-", "^-"), strict=True):
             points = [
-                (l0[0], value)
-                for k in (12, 24, 48)
-                if (value := results.value(Arm(recipe, k, 0), column))
-                and (l0 := results.value(Arm(recipe, k, 0), "L0"))
+                (l0.mean, value)
+                for k in KS
+                if (value := mean(results.by_seed(Arm(recipe, k, 0), column).values()))
+                and (l0 := mean(results.by_seed(Arm(recipe, k, 0), "L0").values()))
             ]
             if points:
                 axis.errorbar(
                     [l0 for l0, _ in points],
-                    [mean for _, (mean, _) in points],
-                    yerr=[half or 0 for _, (_, half) in points],
+                    [value.mean for _, value in points],
+                    yerr=[value.half or 0 for _, value in points],
                     fmt=style,
                     capsize=3,
                     label=recipe,
                 )
         axis.set(xscale="log", xlabel="L0", ylabel=column)
-        axis.set_xticks([12, 24, 48], ["12", "24", "48"])
+        axis.set_xticks(KS, map(str, KS))
         axis.minorticks_off()
     axes[0].legend()
     figure.savefig(path, dpi=130)

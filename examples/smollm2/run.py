@@ -4,8 +4,9 @@
 
 It runs the commands of `sae-matryoshka` in the folder that `make smollm2` fills, and writes a JSON
 file for each SAE to docs/results/smollm2. What a file holds is not computed again; a stopped
-training resumes from its last checkpoint, a stopped evaluation after its last result. With
-`--steps train` in one terminal and `--steps evaluate` in another, both cores of a machine work.
+training resumes from its last checkpoint, a stopped evaluation after its last result. To use two
+cores, run `--steps train` in one terminal and, once SAEs are there, `--steps evaluate` in another;
+it evaluates those that are trained when it starts.
 `arms.py` lists the SAEs, `report.py` compares them.
 """
 
@@ -17,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,16 +36,19 @@ from examples.smollm2.arms import (
     tuning_arms,
 )
 from sae_lens_matryoshka.saebench.evaluations import read_result, result_file
-from sae_lens_matryoshka.saebench.records import Candidate
+from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.util.files import atomic_file
 
 CACHE = Path(__file__).with_name("cache.yaml").resolve()
 CONFIG = Path(__file__).with_name("matryoshka.yaml").resolve()
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "smollm2"
+# the 44 of sae-probes' 113 data sets with the fewest characters: 1M tokens of 35M
+PROBED = Path(__file__).with_name("probed.txt").read_text().splitlines()
 SETTINGS: dict[str, dict[str, Any]] = {
     # 3,750 steps of the probe that looks for each letter's latents. In SAEBench's batches of 4,096
     # so few words make 100, and it misses the latents of some letters.
     "absorption": {"n_words": 12_000, "k_sparse_probe_batch_size": 128},
+    "sparse_probing_sae_probes": {"dataset_names": PROBED},
     "meta_structure": {},
     "core": {
         "dataset": "texts/held_out",
@@ -87,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "train" in args.steps:
             for arm in arms:
                 experiment.train(arm)
-        if "evaluate" in args.steps:
-            experiment.evaluate(arms)
+        if "evaluate" in args.steps and not experiment.evaluate(arms):
+            print("error: some evaluations gave no result; see above.", file=sys.stderr)
+            return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -101,8 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which reaches this process alone; Ctrl-C reaches the command that it runs too."""
+
+
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    raise _Terminated
 
 
 class Experiment:
@@ -126,9 +134,16 @@ class Experiment:
         results.mkdir(parents=True, exist_ok=True)
 
     def result(self, arm: Arm) -> dict[str, Any]:
-        """What is known of an SAE; empty if nothing is."""
+        """What is known of an SAE; empty if nothing is.
+
+        Raises:
+            ValueError: The file is about an SAE that was trained in another way.
+        """
         file = self.results / f"{arm.name}.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if known.get("arm", arm._asdict()) != arm._asdict():
+            raise ValueError(f"{file} is of {known['arm']}, and arms.py now has {arm._asdict()}.")
+        return known
 
     def train(self, arm: Arm) -> None:
         """Train an SAE and measure its levels on held-out activations, unless that is done."""
@@ -136,20 +151,22 @@ class Experiment:
             return
         activations = self._cached(arm.layer, "train", N_ROWS[arm.layer])
         held_out = self._cached(arm.layer, "held_out", _N_HELD_OUT)
-        seconds = None
-        if not self._sae(arm).is_dir():
-            start = time.perf_counter()
+        if not self._is_trained(arm):
             self._run("train", self._config(arm), "--activations", activations, *self._resume(arm))
-            seconds = round(time.perf_counter() - start)
             shutil.rmtree(self._checkpoints(arm), ignore_errors=True)
-        measured = self.work / "levels.json"
+        measured = self.work / f"levels_{arm.name}.json"
         self._run("levels", self._sae(arm), "--activations", held_out, "--json", measured)
         levels = json.loads(measured.read_text())["levels"]
-        self._add(arm, {"arm": arm._asdict(), "seconds_of_training": seconds, "levels": levels})
+        measured.unlink()
+        self._add(arm, {"levels": levels})
 
-    def evaluate(self, arms: Iterable[Arm]) -> None:
-        """Run SAEBench on those SAEs that are trained, where results are missing."""
-        trained = [arm for arm in arms if self._sae(arm).is_dir()]
+    def evaluate(self, arms: Iterable[Arm]) -> bool:
+        """Run SAEBench on those SAEs that are trained, where results are missing.
+
+        Returns:
+            Whether each of them now has all results.
+        """
+        trained = [arm for arm in arms if self._is_trained(arm)]
         for evaluation in SETTINGS:
             for layer in dict.fromkeys(arm.layer for arm in trained):
                 missing = [
@@ -161,6 +178,10 @@ class Experiment:
                 for levels in dict.fromkeys(levels_of.values()):
                     of_them = [arm for arm in missing if levels_of[arm] == levels]
                     self._evaluate(evaluation, layer, of_them, levels)
+        return all(self._is_evaluated(arm, each) for arm in trained for each in SETTINGS)
+
+    def _is_trained(self, arm: Arm) -> bool:
+        return (self._sae(arm) / "runner_cfg.json").exists()  # which SAELens writes last
 
     def _is_evaluated(self, arm: Arm, evaluation: str) -> bool:
         known = self.result(arm).get("saebench", {}).get(evaluation, {})
@@ -174,10 +195,14 @@ class Experiment:
                 *("eval", *map(self._sae, arms), "--levels", levels, "--evals", evaluation),
                 *("--seeds", 1, "--out", out),
                 *(f"--{evaluation}.{name}={value}" for name, value in settings),
+                accepted=(0, 1),  # 1: an SAE without a result, which does not stop the others
             )
         finally:
-            for arm in arms:
-                self._collect(out, evaluation, arm)
+            # `eval` has refused a folder whose results were made with other settings
+            record = Record.read(out)
+            if record and record.settings.get(evaluation) == SETTINGS[evaluation]:
+                for arm in arms:
+                    self._collect(out, evaluation, arm)
 
     def _collect(self, out: Path, evaluation: str, arm: Arm) -> None:
         """Add SAEBench's results on an SAE, if all of its levels have one."""
@@ -196,7 +221,7 @@ class Experiment:
         known = self.result(arm)
         saebench = known.get("saebench", {}) | values.get("saebench", {})
         with atomic_file(self.results / f"{arm.name}.json") as unfinished:
-            content = {**known, **values, "saebench": saebench}
+            content = {"arm": arm._asdict(), **known, **values, "saebench": saebench}
             unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
     def _cached(self, layer: int, texts: str, n_rows: int) -> Path:
@@ -239,13 +264,25 @@ class Experiment:
     def _checkpoints(self, arm: Arm) -> Path:
         return self.work / "checkpoints" / arm.name
 
-    def _run(self, *command: object) -> None:
-        """A command of `sae-matryoshka`, in the folder with the model and the texts."""
+    def _run(self, *command: object, accepted: Sequence[int] = (0,)) -> None:
+        """A command of `sae-matryoshka`, in the folder with the model and the texts.
+
+        A stopped command has the time that it needs to save what it has.
+        """
         words = list(map(str, command))
         print(shlex.join(["sae-matryoshka", *words]), flush=True)
         program = [sys.executable, "-m", "sae_lens_matryoshka"]
         environment = {**os.environ, **_KEEP_MEMORY, "HF_HUB_OFFLINE": "1"}
-        subprocess.run([*program, *words], cwd=self.data, env=environment, check=True)
+        process = subprocess.Popen([*program, *words], cwd=self.data, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt as stopped:
+            if isinstance(stopped, _Terminated):
+                process.terminate()
+            process.wait()
+            raise
+        if code not in accepted:
+            raise subprocess.CalledProcessError(code, words)
 
 
 def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:

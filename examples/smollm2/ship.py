@@ -7,6 +7,7 @@ those of the written file, on held-out activations.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the SAE.
 
     Returns:
-        The exit code: 0; 2 if there is no such SAE.
+        The exit code: 0; 2 if there is no such SAE; else that of `publish`.
     """
     parser = argparse.ArgumentParser(description="Write the SAE that comes with the package.")
     parser.add_argument("name", help="of the SAE")
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sae.save_model(halved)
         measured = ["--activations", str(held_out)]
         folders = ["--sae-id", "sae", "--out", str(published)]
-        cli.main(["publish", str(halved), REPO_ID, "--dry-run", *folders, *measured])
+        if code := cli.main(["publish", str(halved), REPO_ID, "--dry-run", *folders, *measured]):
+            return code
         card = (published / "README.md").read_text()
         with atomic_folder(SAE_FOLDER) as unfinished:
             for file in (published / "sae").iterdir():
@@ -53,11 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _loaded_from_disk(card: str) -> str:
-    """The card of a folder, not of a repository of the Hub."""
-    where = f'"sae_lens_matryoshka/demo/{SAE_FOLDER.name}"'
-    for call, instead in (("SAE.from_pretrained", "SAE.load_from_disk"), ("load_sae", "load_sae")):
-        card = card.replace(f'{call}("{REPO_ID}", "sae")', f"{instead}({where})")
-    return card
+    """The card of a folder, not of a repository of the Hub, and for readers without its data."""
+    imported = "from sae_lens_matryoshka.demo.real_text import SAE_FOLDER"
+    for old, new in (
+        ("from sae_lens import SAE\n", f"from sae_lens import SAE\n{imported}\n"),
+        ("from sae_lens_matryoshka.levels", f"{imported}\nfrom sae_lens_matryoshka.levels"),
+        (f'SAE.from_pretrained("{REPO_ID}", "sae")', "SAE.load_from_disk(SAE_FOLDER)"),
+        (f'load_sae("{REPO_ID}", "sae")', "load_sae(SAE_FOLDER)"),
+        ("datasets:\n- texts/train\n", ""),  # a name that the Hub would link
+        ("texts/train", "the training texts of `make smollm2`"),
+    ):
+        card = card.replace(old, new)
+    return re.sub(r"held_out_layer_\d+", "held-out documents of the same sources", card)
 
 
 if __name__ == "__main__":

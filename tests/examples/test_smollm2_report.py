@@ -1,0 +1,93 @@
+"""What the report of examples/smollm2 makes of the files that the experiment writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from examples.smollm2.arms import Arm
+from examples.smollm2.intervals import Value, difference, interpolated, mean
+from examples.smollm2.report import Results, at_equal_variance, cell, differences, table, tables
+
+WIDTH = 4096
+
+
+def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None = None) -> None:
+    """The file of an SAE; `full` is the number of absorptions of two letters of 10 and 90 words."""
+    saebench: dict[str, Any] = {}
+    if full:
+        letters = {
+            letter: {"num_full_absorption": n, "num_probe_true_positives": words}
+            for letter, n, words in zip("ab", full, (10, 90), strict=True)
+        }
+        rate = (full[0] / 10 + full[1] / 90) / 2
+        scores = {"mean_full_absorption_score": rate}
+        saebench["absorption"] = {"widths": {WIDTH: {"mean": scores, "letters": letters}}}
+    levels = [{"width": WIDTH, "l0": float(arm.k), "explained_variance": explained}]
+    content = {"arm": arm._asdict(), "levels": levels, "saebench": saebench}
+    (folder / f"{arm.name}.json").write_text(json.dumps(content))
+
+
+def test_means_and_intervals() -> None:
+    assert mean([]) is None
+    assert mean([0.5]) == Value(0.5, None, 1)
+    # 4.303: Student's t of 2 degrees of freedom; 1: the standard deviation
+    assert mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5, 3), rel=1e-3)
+
+
+def test_difference_is_welchs() -> None:
+    a, b = [1.0, 2.0, 3.0], [2.0, 2.1, 2.6]
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    value = difference(a, b)
+    assert value is not None
+    assert value.half is not None
+    assert value.mean - value.half == pytest.approx(interval.low)
+    assert value.mean + value.half == pytest.approx(interval.high)
+    assert difference([1.0], b) == pytest.approx((1.0 - 6.7 / 3, None, 1))
+    assert difference([], b) is None
+
+
+def test_interpolated() -> None:
+    points = [(2.0, 20.0), (1.0, 10.0), (4.0, 0.0)]
+    assert interpolated(points, 1.5) == 15.0
+    assert interpolated(points, 3.0) == 10.0
+    assert interpolated(points, 4.5) is None
+
+
+def test_absorption_by_words_and_by_letters(tmp_path: Path) -> None:
+    write(tmp_path, arm := Arm("batchtopk", 24, 0), 0.8, full=(5, 9))
+    results = Results(tmp_path)
+    assert results.value(arm, "absorption, full") == pytest.approx(0.3)
+    assert results.value(arm, "full, by words") == pytest.approx(0.14)
+    assert results.value(arm, "probing, top 1") is None
+
+
+def test_a_cell_with_fewer_seeds_says_so(tmp_path: Path) -> None:
+    for seed in range(3):
+        arm = Arm("matryoshka", 24, seed)
+        write(tmp_path, arm, 0.8, full=(1, 9) if seed == 1 else None)
+    rows = {"nested": (Arm("matryoshka", 24, 0), WIDTH)}
+    row = table(Results(tmp_path), "SAE", rows, ("L0", "absorption, full")).splitlines()[-1]
+    assert row == "| nested | 24.0 ± 0.0 | 0.100 (n 1) | 3 |"
+    assert cell(Value(0.25, None, 1), 2, sign="+") == "+0.25"
+
+
+def test_at_equal_variance_batchtopk_is_interpolated(tmp_path: Path) -> None:
+    for k, explained, n in ((12, 0.7, 0), (24, 0.8, 10), (48, 0.9, 10)):
+        write(tmp_path, Arm("batchtopk", k, 0), explained, full=(0, 9 * n))
+    write(tmp_path, Arm("matryoshka", 24, 0), 0.75, full=(0, 9))
+    results = Results(tmp_path)
+    assert at_equal_variance(results, ("L0", "full, by words")).splitlines()[2:] == [
+        "| matryoshka, k 24 | 0.750 | +6.0 | -0.360 |"  # 24 − 18 and 0.09 − 0.45
+    ]
+    assert differences(results, ("full, by words",)).splitlines()[2:] == [
+        "| matryoshka, k 24 | -0.810 |"
+    ]
+
+
+def test_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "results" / "smollm2.md"
+    places = [line for line in page.read_text().splitlines() if line.startswith("<!-- table ")]
+    assert sorted(places) == sorted(f"<!-- table {name} -->" for name in tables(Results(tmp_path)))
