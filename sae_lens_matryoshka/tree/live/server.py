@@ -47,13 +47,13 @@ from sae_lens_matryoshka.tree.live.requests import (
     latents_in,
     text_in,
 )
-from sae_lens_matryoshka.tree.page.labels import FILENAME as LABELS
 from sae_lens_matryoshka.tree.page.labels import read_labels
 from sae_lens_matryoshka.tree.page.texts import text_for_page
 from sae_lens_matryoshka.tree.page.tokens import TokenTexts
 from sae_lens_matryoshka.tree.tree import Tree
 from sae_lens_matryoshka.util.files import atomic_file
 
+_LABELS = "labels.json"
 _SECONDS = 120  # that an answer of the model may take
 _SCRIPT = Path(__file__).with_name("live.js")
 
@@ -100,8 +100,8 @@ class Live:
         self._text_of = TokenTexts(model.tokenizer)
         self._about = {"format_version": 1, "sae": name, "weights": weights}
         self._labels: dict[int, str] = {}
-        if (folder / LABELS).exists():
-            self._labels = read_labels(folder / LABELS, sae.cfg.d_sae, weights)
+        if (folder / _LABELS).exists():
+            self._labels = read_labels(folder / _LABELS, sae.cfg.d_sae, weights)
         self._folder, self._busy = folder, threading.Lock()
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is
 
@@ -142,7 +142,7 @@ class Live:
         label = text_in(values, "label", LABEL_LENGTH).strip()
         changed = {**self._labels, latent: label}
         changed = {number: text for number, text in sorted(changed.items()) if text}
-        with atomic_file(self._folder / LABELS) as unfinished:  # as the page exports it
+        with atomic_file(self._folder / _LABELS) as unfinished:  # as the page exports it
             text = json.dumps({**self._about, "labels": changed}, indent=1)
             unfinished.write_text(text + "\n", encoding="utf-8")
         self._labels = changed
