@@ -86,4 +86,4 @@ def latents_in(values: dict[str, Any], sae: SAE[Any], tree: Tree) -> tuple[Laten
 def _level_of(sae: SAE[Any], tree: Tree, latent: int) -> range:
     if not tree.settings["rules"]["parents_by_level"]:
         return range(sae.cfg.d_sae)  # all are of one
-    return latents_of_level(sae, int(tree.latents.loc[latent, "level"]))
+    return latents_of_level(sae, tree.latents["level"].tolist()[latent])

@@ -119,7 +119,7 @@ class Live:
                 Mount("/data", StaticFiles(directory=self._folder / "data")),
             ],
             exception_handlers={
-                HTTPException: lambda _, error: refused(error.status_code, error.detail),
+                HTTPException: _refused,
                 ValueError: lambda _, error: refused(400, str(error)),
                 TimeoutError: lambda _, error: refused(503, str(error)),
                 OSError: lambda _, error: refused(500, str(error)),
@@ -212,6 +212,10 @@ class Live:
             if await request.is_disconnected():
                 has_left.set()
         return JSONResponse(task.result())
+
+
+def _refused(request: Request, error: Any) -> Response:
+    return refused(error.status_code, error.detail)
 
 
 def serve(live: Live, listening: socket.socket) -> None:
