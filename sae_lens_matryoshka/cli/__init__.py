@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from sae_lens_matryoshka import __version__
-from sae_lens_matryoshka.cli import cache, demo, eval, levels, publish, synth, train, tree
+from sae_lens_matryoshka.cli import cache, demo, eval, levels, publish, steer, synth, train, tree
 from sae_lens_matryoshka.cli.options import PROGRAM, CommandParser, Parser
 from sae_lens_matryoshka.util.suggest import did_you_mean
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=PROGRAM, description="Matryoshka sparse autoencoders for SAELens.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
-    for command in (train, cache, levels, tree, eval, synth, publish, demo):
+    for command in (train, cache, levels, tree, steer, eval, synth, publish, demo):
         command.add_parser(commands)
     known = [*commands.choices, "--help", "-h", "--version"]
     words = sys.argv[1:] if argv is None else list(argv)

@@ -41,7 +41,7 @@ def check_measuring(args: argparse.Namespace) -> None:
     path = args.activations
     if path and args.dataset:
         raise ValueError("--activations and --dataset are two ways to measure: give one.")
-    if args.model and not args.dataset:
+    if args.model and not args.dataset and not getattr(args, "serve", False):
         raise ValueError("--model needs --dataset: the texts to run it on.")
     if path and not (path.is_dir() or (path.is_file() and path.suffix in _SUFFIXES)):
         accepted = f"an existing folder, or an existing file of {', '.join(_SUFFIXES)}"

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from sae_lens_matryoshka.cli.options import add_data, exit_on_sigterm, positive_integer
@@ -20,7 +22,13 @@ def add_parser(commands: Any) -> None:
     add("release_or_dir", help="a folder, or a release or repository and SAE_ID")
     add("sae_id", nargs="?", help="its id in the release or repository")
     add_data(parser)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the tree goes")
+    add(
+        "--out",
+        type=Path,
+        default=Path("page"),
+        metavar="FOLDER",
+        help="where the tree goes (default: %(default)s)",
+    )
     add(
         "--tokens",
         type=positive_integer,
@@ -48,15 +56,33 @@ def add_parser(commands: Any) -> None:
         "times the whole model's pass over the texts",
     )
     add("--single-file", action="store_true", help="write the page as one file, for a small SAE")
+    add(
+        "--serve",
+        action="store_true",
+        help="then serve the page with its model, on this machine alone; without --dataset or "
+        "--activations, the page that --out has",
+    )
+    add(
+        "--port",
+        type=positive_integer,
+        default=8000,
+        metavar="N",
+        help="where to serve (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if not args.activations and not args.dataset:
+    has_data = bool(args.activations or args.dataset)
+    if not has_data and not args.serve:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
     if args.ablation and not args.dataset:
         raise ValueError("--ablation needs the model and its texts: give --dataset.")
+    if args.serve and args.single_file:
+        raise ValueError("--serve needs the page as a folder: leave --single-file out.")
+    if args.labels and not has_data:
+        raise ValueError("--labels go into a page that is written: give --dataset.")
     out: Path = args.out
     known = {"gathered", "tree.json", "examples.safetensors", "index.html", "data", "labels.json"}
     others = {file.name for file in out.iterdir()} - known if out.is_dir() else set()
@@ -78,8 +104,11 @@ def run(args: argparse.Namespace) -> int:
 
     check_measuring(args)
     check_writable("--out", out)
+    listening = _listen(args, has_data) if args.serve else None  # before anything long begins
     widths, device = args.matryoshka_widths, args.device
     sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
+    if listening and not has_data:
+        return _serve(listening, args, sae, load_model_of(sae, args))
     labels: dict[int, str] = {}
     beside = out / "labels.json"
     for file in filter(None, (args.labels, beside if beside.exists() else None)):
@@ -105,9 +134,6 @@ def run(args: argparse.Namespace) -> int:
         raise
     examples.save(out / "examples.safetensors")
     tree.save(out / "tree.json")
-    given = Path(args.release_or_dir)
-    name = given.resolve().name if given.is_dir() else args.release_or_dir
-    name = " ".join(filter(None, [name, args.sae_id]))
     write_page(
         out,
         tree,
@@ -115,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         examples,
         sae,
         data.get("model"),
-        name,
+        _name(args),
         labels=labels,
         ablation=ablation,
         single_file=args.single_file,
@@ -130,4 +156,31 @@ def run(args: argparse.Namespace) -> int:
         families = family_lines(tree)
     print("\n" + ("\n".join(families) or "No edge passed."))
     print(f"\nOpen {out / 'index.html'}. Beside it are tree.json and more: docs/tree.md.")
+    if listening:
+        return _serve(listening, args, sae, data.get("model") or load_model_of(sae, args))
+    return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    given = Path(args.release_or_dir)
+    name = given.resolve().name if given.is_dir() else args.release_or_dir
+    return " ".join(filter(None, [name, args.sae_id]))
+
+
+def _listen(args: argparse.Namespace, has_data: bool) -> socket:
+    for module in ("starlette", "uvicorn"):
+        if find_spec(module) is None:
+            raise ValueError(f"--serve needs {module}: pip install 'sae-lens-matryoshka[page]'.")
+    from sae_lens_matryoshka.tree.live.server import check_page, listen
+
+    if not has_data:
+        check_page(args.out)
+    return listen(args.port)
+
+
+def _serve(listening: socket, args: argparse.Namespace, sae: Any, model: Any) -> int:
+    from sae_lens_matryoshka.tree.live.server import Live, serve
+
+    exit_on_sigterm()
+    serve(Live(args.out, sae, model, _name(args)), listening)
     return 0

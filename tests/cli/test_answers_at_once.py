@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-COMMANDS = ("train", "cache", "levels", "tree", "eval", "synth", "publish", "demo")
+COMMANDS = ("train", "cache", "levels", "tree", "steer", "eval", "synth", "publish", "demo")
 ANSWERS = {  # the first word, the rest, and the answer
     "--help": "usage: sae-matryoshka",
     "--version": "sae-matryoshka 0.",
-    "trian": "error: 'trian' is not a command (train, cache, levels, tree, eval, synth, publish, "
-    "demo); ",
+    "trian": "error: 'trian' is not a command (train, cache, levels, tree, steer, eval, synth, "
+    "publish, demo); ",
     "--hepl": "error: '--hepl' is not a command",
     "": "error: the following arguments are required: COMMAND",
     **{f"{name} --help": f"usage: sae-matryoshka {name}" for name in COMMANDS if name != "train"},
@@ -33,6 +33,10 @@ ANSWERS = {  # the first word, the rest, and the answer
     "cache --out x": "error: cache needs a config",
     "eval sae": "error: the following arguments are required: --out",
     "eval sae --out x core.dataset": "error: 'core.dataset' is not an option",
+    "steer sae --latent 23=x --prompt y": "error: argument --latent: '23=x' is not accepted",
+    "steer sae --latent 23 --prompt y": "error: --mode=add takes --latent 23=4.",
+    "steer sae --latent 2=1 --mode ablate --prompt y": "error: --mode=ablate takes --latent 2.",
+    "steer sae --latent 2=1 --latent 2=3 --prompt y": "error: --latent names latent 2 twice",
     "publish sae": "error: the following arguments are required: REPO_ID",
     "demo --seed x": "error: argument --seed: invalid int value: 'x'",
     "synth toi --out x": "error: argument benchmark: invalid choice: 'toi'",

@@ -47,20 +47,32 @@ def texts_for_page(
         ids = corpus.contexts[i, :N_TOKENS]
         is_run = corpus.row_at_place[i * context : i * context + len(ids)] >= 0
         if is_run.any():
-            x = _activations(sae, model, ids)[torch.from_numpy(is_run)]
-            texts.append(_text(sae, x, ids, is_run, mean, widths, text_of))
+            texts.append(text_for_page(sae, model, ids, is_run, mean, widths, text_of))
     return texts
 
 
-def _text(
+@torch.no_grad()
+def text_for_page(
     sae: SAE[Any],
-    x: torch.Tensor,
+    model: Any,
     ids: np.ndarray,
     is_run: np.ndarray,
     mean: torch.Tensor,
     widths: list[int],
     text_of: TokenTexts,
 ) -> dict[str, Any]:
+    """One text as `texts_for_page` describes it.
+
+    Args:
+        sae: The SAE.
+        model: Its model.
+        ids: Of the tokens, (n,).
+        is_run: On which of them the SAE is run, (n,); at least one.
+        mean: As for `texts_for_page`.
+        widths: As for `texts_for_page`.
+        text_of: As for `texts_for_page`.
+    """
+    x = _activations(sae, model, ids)[torch.from_numpy(is_run)]
     codes = encode(sae, x)
     acts = torch.from_numpy(codes.toarray()).to(sae.device, sae.dtype)
     levels = decode_levels(sae, acts) if len(widths) > 1 else sae.decode(acts)[None]
