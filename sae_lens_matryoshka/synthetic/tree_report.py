@@ -1,0 +1,108 @@
+"""Scores of trees over seeds: a table, a file to compute with, and a picture."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sae_lens_matryoshka.synthetic.trees import RANDOM, TESTED, TreeScore
+from sae_lens_matryoshka.util.files import atomic_file
+from sae_lens_matryoshka.util.markdown import markdown_table
+
+# Score → title and digits, in the order of the table.
+_COLUMNS = {
+    "n_edges": ("edges", 0),
+    "n_judged": ("judged", 0),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "n_parents": ("parents", 0),
+    "parents_found": ("found", 3),
+    "direct_precision": ("direct: precision", 3),
+    "direct_recall": ("direct: recall", 3),
+    "strongest_precision": ("strongest", 3),
+}
+_FILES = ("tree.md", "tree.csv", "tree.png")
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # told apart without colours too
+
+
+def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
+    """Write `tree.md`, `tree.csv` and `tree.png`; returns their names."""
+    table, rows, picture = (out / name for name in _FILES)
+    with atomic_file(table) as path:
+        path.write_text(f"{tree_table(scores)}\n\n{null_table(scores)}\n")
+    with atomic_file(rows) as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, TreeScore._fields)
+        writer.writeheader()
+        writer.writerows(score._asdict() for score in scores)
+    with atomic_file(picture) as path:
+        _draw(scores).savefig(path, dpi=120, format="png")
+    return list(_FILES)
+
+
+def tree_table(scores: Sequence[TreeScore]) -> str:
+    """Means and standard deviations over seeds, a row for each variant, parents and rule."""
+    groups: dict[tuple[str, str, str], list[TreeScore]] = {}
+    for score in scores:
+        groups.setdefault((score.variant, score.parents, score.rule), []).append(score)
+    rows = []
+    for key, group in groups.items():
+        cells = [
+            _cell([getattr(score, name) for score in group], digits)
+            for name, (_, digits) in _COLUMNS.items()
+        ]
+        rows.append([*key, *cells, str(len(group))])
+    titles = ["variant", "parents by", "rule", *(title for title, _ in _COLUMNS.values()), "n"]
+    return markdown_table(titles, rows, n_text=3)
+
+
+def null_table(scores: Sequence[TreeScore]) -> str:
+    """Pairs that pass of those tested, summed over seeds: of the SAE and where nothing is true."""
+    groups: dict[tuple[str, str], list[TreeScore]] = {}
+    for score in scores:
+        if score.rule == TESTED:
+            groups.setdefault((score.variant, score.parents), []).append(score)
+    rows = []
+    for key, group in groups.items():
+        pairs = [
+            (sum(s.n_edges for s in group), sum(s.n_tested for s in group)),
+            (sum(s.n_shifted_passed for s in group), sum(s.n_shifted_tested for s in group)),
+            (sum(s.n_shuffled_passed for s in group), sum(s.n_shuffled_tested for s in group)),
+        ]
+        rows.append([*key, *(f"{passed} of {tested}" for passed, tested in pairs)])
+    titles = ["variant", "parents by", "passed", "shifted: passed", "shuffled: passed"]
+    return markdown_table(titles, rows, n_text=2)
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    present = [value for value in values if value is not None]
+    if not present:
+        return ""
+    spread = f" ± {statistics.stdev(present):.{digits}f}" if len(present) > 1 else ""
+    return f"{statistics.fmean(present):.{digits}f}{spread}"
+
+
+def _draw(scores: Sequence[TreeScore]) -> Figure:
+    """Precision against the share of the true parents that are found, a point for each SAE."""
+    scores = [s for s in scores if s.parents == "frequency" and s.variant != RANDOM]
+    variants, rules = (
+        list(dict.fromkeys(getattr(s, f) for s in scores)) for f in ("variant", "rule")
+    )
+    figure = Figure(figsize=(3.2 * len(rules), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, rule in zip(axes, rules, strict=True):
+        for i, variant in enumerate(variants):
+            own = [s for s in scores if (s.variant, s.rule) == (variant, rule)]
+            x, y = [s.parents_found for s in own], [s.precision for s in own]
+            known = [(a, b) for a, b in zip(x, y, strict=True) if None not in (a, b)]
+            axis.plot(
+                *zip(*known, strict=True) if known else ([], []),
+                _MARKERS[i % len(_MARKERS)],
+                label=variant,
+            )
+        axis.set(title=rule, xlabel="true parents found", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("edges that are true")
+    axes[0].legend(fontsize=8)
+    return figure
