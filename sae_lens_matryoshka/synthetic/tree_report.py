@@ -3,8 +3,10 @@
 import csv
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from sae_lens_matryoshka.synthetic.trees import RANDOM, TESTED, TreeScore
@@ -31,7 +33,8 @@ def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
     """Write `tree.md`, `tree.csv` and `tree.png`; returns their names."""
     table, rows, picture = (out / name for name in _FILES)
     with atomic_file(table) as path:
-        path.write_text(f"{tree_table(scores)}\n\n{null_table(scores)}\n")
+        parts = [f"Parents by {by}:\n\n{tree_table(scores, by)}" for by in ("frequency", "level")]
+        path.write_text("\n\n".join([*parts, null_table(scores)]) + "\n")
     with atomic_file(rows) as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, TreeScore._fields)
         writer.writeheader()
@@ -41,11 +44,12 @@ def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
     return list(_FILES)
 
 
-def tree_table(scores: Sequence[TreeScore]) -> str:
-    """Means and standard deviations over seeds, a row for each variant, parents and rule."""
-    groups: dict[tuple[str, str, str], list[TreeScore]] = {}
+def tree_table(scores: Sequence[TreeScore], parents: str) -> str:
+    """Means and standard deviations over seeds, a row for each variant and rule."""
+    groups: dict[tuple[str, str], list[TreeScore]] = {}
     for score in scores:
-        groups.setdefault((score.variant, score.parents, score.rule), []).append(score)
+        if score.parents == parents:
+            groups.setdefault((score.variant, score.rule), []).append(score)
     rows = []
     for key, group in groups.items():
         cells = [
@@ -53,8 +57,8 @@ def tree_table(scores: Sequence[TreeScore]) -> str:
             for name, (_, digits) in _COLUMNS.items()
         ]
         rows.append([*key, *cells, str(len(group))])
-    titles = ["variant", "parents by", "rule", *(title for title, _ in _COLUMNS.values()), "n"]
-    return markdown_table(titles, rows, n_text=3)
+    titles = ["variant", "rule", *(title for title, _ in _COLUMNS.values()), "n"]
+    return markdown_table(titles, rows, n_text=2)
 
 
 def null_table(scores: Sequence[TreeScore]) -> str:
@@ -85,22 +89,16 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
 
 def _draw(scores: Sequence[TreeScore]) -> Figure:
     """Precision against the share of the true parents that are found, a point for each SAE."""
-    scores = [s for s in scores if s.parents == "frequency" and s.variant != RANDOM]
-    variants, rules = (
-        list(dict.fromkeys(getattr(s, f) for s in scores)) for f in ("variant", "rule")
-    )
+    shown = pd.DataFrame(scores)  # a missing share is NaN there, which is not drawn
+    shown = shown[(shown["parents"] == "frequency") & (shown["variant"] != RANDOM)]
+    rules = shown["rule"].unique()
     figure = Figure(figsize=(3.2 * len(rules), 3.4), layout="constrained")
     axes = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]
     for axis, rule in zip(axes, rules, strict=True):
-        for i, variant in enumerate(variants):
-            own = [s for s in scores if (s.variant, s.rule) == (variant, rule)]
-            x, y = [s.parents_found for s in own], [s.precision for s in own]
-            known = [(a, b) for a, b in zip(x, y, strict=True) if None not in (a, b)]
-            axis.plot(
-                *zip(*known, strict=True) if known else ([], []),
-                _MARKERS[i % len(_MARKERS)],
-                label=variant,
-            )
+        of_rule = shown[shown["rule"] == rule].groupby("variant", sort=False)
+        for marker, (variant, own) in zip(cycle(_MARKERS), of_rule, strict=False):
+            x, y = (own[name].astype(float) for name in ("parents_found", "precision"))
+            axis.plot(x, y, marker, label=variant)
         axis.set(title=rule, xlabel="true parents found", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("edges that are true")

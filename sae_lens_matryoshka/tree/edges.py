@@ -40,7 +40,7 @@ class Rules:
 
     edges: str = "tested"
     min_coverage: float = 0.5
-    min_excess: float = 0.5
+    min_excess: float = 0.6
     min_presence: float = 0.5
     max_rank: int = 5
     alpha: float = 0.05

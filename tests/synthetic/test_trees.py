@@ -123,9 +123,10 @@ def test_the_tables_have_means_and_deviations():
         )
         for seed, n in ((0, 10), (1, 20))
     ]
-    table = tree_table(scores)
-    assert "| a | level | tested | 15 ± 7 | 0 ± 0 | 0.550 ± 0.071 |" in table
+    table = tree_table(scores, "level")
+    assert "| a | tested | 15 ± 7 | 0 ± 0 | 0.550 ± 0.071 |" in table
     assert "|  | 0.250 |  | 2 |" in table
+    assert "| a |" not in tree_table(scores, "frequency")
     assert "| a | level | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
 
 
@@ -175,9 +176,9 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "tree.md").read_text().strip() in out
-    for row in ("| random | level | tested |", "| batchtopk | frequency | coverage 0.5 |"):
+    for row in ("| random | tested |", "| batchtopk | coverage 0.5 |", "| matryoshka | level |"):
         assert row in out
-    assert "| batchtopk | level |" not in out
+    assert "| batchtopk | level |" not in out  # it has no levels
     assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG")
     path = tmp_path / "runs" / "matryoshka" / "seed_0" / "tree_scores.json"
     kept = json.loads(path.read_text())
