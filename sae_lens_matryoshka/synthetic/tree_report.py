@@ -25,6 +25,7 @@ _COLUMNS = {
     "direct_recall": ("direct: recall", 3),
     "strongest_precision": ("strongest", 3),
 }
+_COUNTS = [name for name in TreeScore._fields if name.startswith("n_")]
 _FILES = ("tree.md", "tree.csv", "tree.png")
 _MARKERS = ("o", "s", "^", "D", "v", "P")  # told apart without colours too
 
@@ -69,13 +70,15 @@ def null_table(scores: Sequence[TreeScore]) -> str:
             groups.setdefault((score.variant, score.parents), []).append(score)
     rows = []
     for key, group in groups.items():
-        pairs = [
-            (sum(s.n_edges for s in group), sum(s.n_tested for s in group)),
-            (sum(s.n_shifted_passed for s in group), sum(s.n_shifted_tested for s in group)),
-            (sum(s.n_shuffled_passed for s in group), sum(s.n_shuffled_tested for s in group)),
+        n = {name: sum(getattr(score, name) for score in group) for name in _COUNTS}
+        cells = [
+            f"{n['n_looked_at']:,}",
+            f"{n['n_edges']} of {n['n_tested']}",
+            f"{n['n_shifted_passed']} of {n['n_shifted_tested']}",
+            f"{n['n_shuffled_passed']} of {n['n_shuffled_tested']}",
         ]
-        rows.append([*key, *(f"{passed} of {tested}" for passed, tested in pairs)])
-    titles = ["variant", "parents by", "passed", "shifted: passed", "shuffled: passed"]
+        rows.append([*key, *cells])
+    titles = ["variant", "parents by", "looked at", "passed", "shifted: passed", "shuffled: passed"]
     return markdown_table(titles, rows, n_text=2)
 
 

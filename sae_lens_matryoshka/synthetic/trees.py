@@ -31,6 +31,7 @@ RANDOM = "random"  # an SAE of random directions
 TESTED = "tested"
 _SCORES_FILE = "tree_scores.json"
 _BATCH_SIZE = 2048
+_COUNTS = ("n_looked_at", "n_tested", "n_shifted_tested", "n_shifted_passed")  # of a tree's summary
 _COVERAGES = (0.5, 0.7, 0.9)  # of the rule that is compared with
 _RULES = Rules(min_coverage=min(_COVERAGES))
 
@@ -54,7 +55,8 @@ class TreeScore(NamedTuple):
         direct_recall: Share of the pairs of a feature and its nearest matched ancestor that have
             such an edge.
         strongest_precision: As `direct_precision`, of the strongest edge of each child.
-        n_tested, n_shifted_tested, n_shuffled_tested: Pairs of a coverage of at least 0.5: of the
+        n_looked_at: Pairs of the SAE whose parent may be a parent of the child.
+        n_tested, n_shifted_tested, n_shuffled_tested: Those of a coverage of at least 0.5: of the
             SAE, of the copy with the children shifted, and of the same SAE on activations whose
             coordinates were shuffled each for itself.
         n_shifted_passed, n_shuffled_passed: How many of these pass the tests.
@@ -73,6 +75,7 @@ class TreeScore(NamedTuple):
     direct_precision: float | None
     direct_recall: float | None
     strongest_precision: float | None
+    n_looked_at: int
     n_tested: int
     n_shifted_tested: int
     n_shifted_passed: int
@@ -153,9 +156,7 @@ def _scores(
     for parents, tree in trees.items():
         null = of_shuffled[parents].summary
         counts = {
-            "n_tested": tree.summary["n_tested"],
-            "n_shifted_tested": tree.summary["n_shifted_tested"],
-            "n_shifted_passed": tree.summary["n_shifted_passed"],
+            **{name: tree.summary[name] for name in _COUNTS},
             "n_shuffled_tested": null["n_tested"],
             "n_shuffled_passed": null["n_passed"],
         }

@@ -117,6 +117,7 @@ def test_the_tables_have_means_and_deviations():
             n_edges=n,
             precision=0.5 + 0.1 * seed,
             direct_recall=0.25 if seed else None,
+            n_looked_at=1000,
             n_tested=100,
             n_shifted_tested=n,
             n_shifted_passed=1,
@@ -127,7 +128,7 @@ def test_the_tables_have_means_and_deviations():
     assert "| a | tested | 15 ± 7 | 0 ± 0 | 0.550 ± 0.071 |" in table
     assert "|  | 0.250 |  | 2 |" in table
     assert "| a |" not in tree_table(scores, "frequency")
-    assert "| a | level | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
+    assert "| a | level | 2,000 | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
 
 
 def test_the_hard_world():
