@@ -14,8 +14,6 @@ from sae_lens.util import cosine_similarities
 from sae_lens_matryoshka.synthetic.models import parents_of
 from sae_lens_matryoshka.synthetic.scores import match
 
-_MIN_COSINE = 0.5  # of a latent and its feature
-
 Pair = tuple[int, int]  # parent and child, both features
 
 
@@ -31,12 +29,12 @@ class Truth(NamedTuple):
     parent_of: Int[np.ndarray, " n_features"]
 
 
-def truth_of(sae: SAE[Any], model: SyntheticModel) -> Truth:
-    """Match latents and features by the Hungarian method, at an absolute cosine of at least 0.5."""
+def truth_of(sae: SAE[Any], model: SyntheticModel, min_cosine: float) -> Truth:
+    """Match latents and features by the Hungarian method, from this absolute cosine on."""
     cosines: Float[torch.Tensor, "d_sae n_features"]
     cosines = cosine_similarities(sae.W_dec, model.feature_dict.feature_vectors).detach()
     latents, features = match(cosines)
-    is_close = cosines[latents, features].abs() >= _MIN_COSINE
+    is_close = cosines[latents, features].abs() >= min_cosine
     feature_of = np.full(len(cosines), -1)
     feature_of[latents[is_close].cpu().numpy()] = features[is_close].cpu().numpy()
     return Truth(feature_of, parents_of(model).numpy())

@@ -3,13 +3,13 @@
 import csv
 import statistics
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sae_lens_matryoshka.synthetic.trees import RANDOM, TESTED, TreeScore
+from sae_lens_matryoshka.synthetic.trees import MIN_COSINES, RANDOM, TESTED, TreeScore
 from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
@@ -34,7 +34,10 @@ def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
     """Write `tree.md`, `tree.csv` and `tree.png`; returns their names."""
     table, rows, picture = (out / name for name in _FILES)
     with atomic_file(table) as path:
-        parts = [f"Parents by {by}:\n\n{tree_table(scores, by)}" for by in ("frequency", "level")]
+        parts = [
+            f"Parents by {by}, matched at a cosine of {cosine}:\n\n{tree_table(scores, by, cosine)}"
+            for by, cosine in product(("frequency", "level"), MIN_COSINES)
+        ]
         path.write_text("\n\n".join([*parts, null_table(scores)]) + "\n")
     with atomic_file(rows) as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, TreeScore._fields)
@@ -45,11 +48,11 @@ def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
     return list(_FILES)
 
 
-def tree_table(scores: Sequence[TreeScore], parents: str) -> str:
+def tree_table(scores: Sequence[TreeScore], parents: str, min_cosine: float) -> str:
     """Means and standard deviations over seeds, a row for each variant and rule."""
     groups: dict[tuple[str, str], list[TreeScore]] = {}
     for score in scores:
-        if score.parents == parents:
+        if (score.parents, score.min_cosine) == (parents, min_cosine):
             groups.setdefault((score.variant, score.rule), []).append(score)
     rows = []
     for key, group in groups.items():
@@ -66,7 +69,7 @@ def null_table(scores: Sequence[TreeScore]) -> str:
     """Pairs that pass of those tested, summed over seeds: of the SAE and where nothing is true."""
     groups: dict[tuple[str, str], list[TreeScore]] = {}
     for score in scores:
-        if score.rule == TESTED:
+        if (score.rule, score.min_cosine) == (TESTED, MIN_COSINES[0]):
             groups.setdefault((score.variant, score.parents), []).append(score)
     rows = []
     for key, group in groups.items():
@@ -94,6 +97,7 @@ def _draw(scores: Sequence[TreeScore]) -> Figure:
     """Precision against the share of the true parents that are found, a point for each SAE."""
     shown = pd.DataFrame(scores)  # a missing share is NaN there, which is not drawn
     shown = shown[(shown["parents"] == "frequency") & (shown["variant"] != RANDOM)]
+    shown = shown[shown["min_cosine"] == MIN_COSINES[0]]
     rules = shown["rule"].unique()
     figure = Figure(figsize=(3.2 * len(rules), 3.4), layout="constrained")
     axes = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]

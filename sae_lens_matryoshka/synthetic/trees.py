@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from sae_lens_matryoshka.util.files import atomic_file
 
 RANDOM = "random"  # an SAE of random directions
 TESTED = "tested"
+MIN_COSINES = (0.5, 0.7)  # as the other scores; a feature that is half of the row's squared norm
 _SCORES_FILE = "tree_scores.json"
 _BATCH_SIZE = 2048
 _COUNTS = ("n_looked_at", "n_tested", "n_shifted_tested", "n_shifted_passed")  # of a tree's summary
@@ -44,6 +46,7 @@ class TreeScore(NamedTuple):
         seed: Of the SAE.
         parents: Whether parents are of an inner level or of any more frequent latent.
         rule: What the edges pass.
+        min_cosine: Least absolute cosine of a latent's decoder row and the feature it stands for.
         n_edges: Number of edges.
         n_judged: Number of those between latents that are matched to features.
         precision: Share of the judged edges that join a feature's ancestor and the feature.
@@ -66,6 +69,7 @@ class TreeScore(NamedTuple):
     seed: int
     parents: str
     rule: str
+    min_cosine: float
     n_edges: int
     n_judged: int
     precision: float | None
@@ -147,7 +151,7 @@ def _scores(
             else SAE.load_from_disk(folder, device=device)
         )
         shuffled = torch.stack([column[torch.randperm(len(x))] for column in x.T], dim=1)
-    truth = truth_of(sae, model)
+    truths = {cosine: truth_of(sae, model, cosine) for cosine in MIN_COSINES}
     widths = widths_or_all(sae)
     by = {"frequency": [sae.cfg.d_sae], "level": widths}
     if len(widths) == 1:
@@ -160,8 +164,9 @@ def _scores(
             "n_shuffled_tested": null["n_tested"],
             "n_shuffled_passed": null["n_passed"],
         }
-        for rule, edges in rules_of(tree).items():
-            yield TreeScore(variant, seed, parents, rule, **compare(edges, truth), **counts)
+        for (rule, edges), (cosine, truth) in product(rules_of(tree).items(), truths.items()):
+            values = compare(edges, truth)
+            yield TreeScore(variant, seed, parents, rule, cosine, **values, **counts)
 
 
 def _samples(model: SyntheticModel, n: int) -> Float[torch.Tensor, "n d_in"]:

@@ -106,7 +106,7 @@ def test_each_rule_has_its_own_direct_and_strongest_edges():
 
 
 def tree_score(seed: int, **values: Any) -> TreeScore:
-    score = TreeScore("a", seed, "level", "tested", *[None] * (len(TreeScore._fields) - 4))
+    score = TreeScore("a", seed, "level", "tested", 0.5, *[None] * (len(TreeScore._fields) - 5))
     return score._replace(**dict.fromkeys(COUNTS, 0) | values)
 
 
@@ -124,10 +124,10 @@ def test_the_tables_have_means_and_deviations():
         )
         for seed, n in ((0, 10), (1, 20))
     ]
-    table = tree_table(scores, "level")
+    table = tree_table(scores, "level", 0.5)
     assert "| a | tested | 15 ± 7 | 0 ± 0 | 0.550 ± 0.071 |" in table
     assert "|  | 0.250 |  | 2 |" in table
-    assert "| a |" not in tree_table(scores, "frequency")
+    assert "| a |" not in tree_table(scores, "frequency", 0.5)
     assert "| a | level | 2,000 | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
 
 
@@ -184,10 +184,11 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     path = tmp_path / "runs" / "matryoshka" / "seed_0" / "tree_scores.json"
     kept = json.loads(path.read_text())
     scores = [TreeScore(**values) for values in kept["scores"]]
-    assert {(s.parents, s.rule) for s in scores} == {
-        (parents, rule)
+    assert {(s.parents, s.rule, s.min_cosine) for s in scores} == {
+        (parents, rule, min_cosine)
         for parents in ("frequency", "level")
         for rule in ("coverage 0.5", "coverage 0.7", "coverage 0.9", "tested")
+        for min_cosine in (0.5, 0.7)
     }
     # again: from what is kept, unless that was made by other rules
     changed = {**kept, "scores": [scores[0]._replace(n_edges=1234)._asdict()]}
