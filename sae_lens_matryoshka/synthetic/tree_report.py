@@ -17,13 +17,13 @@ from sae_lens_matryoshka.util.markdown import markdown_table
 _COLUMNS = {
     "n_edges": ("edges", 0),
     "n_judged": ("judged", 0),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
+    "precision": ("precision", 2),
+    "recall": ("recall", 2),
     "n_parents": ("parents", 0),
-    "parents_found": ("found", 3),
-    "direct_precision": ("direct: precision", 3),
-    "direct_recall": ("direct: recall", 3),
-    "strongest_precision": ("strongest", 3),
+    "parents_found": ("found", 2),
+    "direct_precision": ("direct: precision", 2),
+    "direct_recall": ("direct: recall", 2),
+    "strongest_precision": ("strongest", 2),
 }
 _COUNTS = [name for name in TreeScore._fields if name.startswith("n_")]
 _FILES = ("tree.md", "tree.csv", "tree.png")
@@ -49,7 +49,7 @@ def write_tree_report(scores: Sequence[TreeScore], out: Path) -> list[str]:
 
 
 def tree_table(scores: Sequence[TreeScore], parents: str, min_cosine: float) -> str:
-    """Means and standard deviations over seeds, a row for each variant and rule."""
+    """Mean, least and greatest value over seeds, a row for each variant and rule."""
     groups: dict[tuple[str, str], list[TreeScore]] = {}
     for score in scores:
         if (score.parents, score.min_cosine) == (parents, min_cosine):
@@ -89,8 +89,8 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
     present = [value for value in values if value is not None]
     if not present:
         return ""
-    spread = f" ± {statistics.stdev(present):.{digits}f}" if len(present) > 1 else ""
-    return f"{statistics.fmean(present):.{digits}f}{spread}"
+    mean, least, most = (f"{f(present):.{digits}f}" for f in (statistics.fmean, min, max))
+    return mean if least == most else f"{mean} ({least}–{most})"
 
 
 def _draw(scores: Sequence[TreeScore]) -> Figure:

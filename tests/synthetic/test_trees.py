@@ -110,7 +110,7 @@ def tree_score(seed: int, **values: Any) -> TreeScore:
     return score._replace(**dict.fromkeys(COUNTS, 0) | values)
 
 
-def test_the_tables_have_means_and_deviations():
+def test_the_tables_have_means_and_ranges():
     scores = [
         tree_score(
             seed,
@@ -125,8 +125,8 @@ def test_the_tables_have_means_and_deviations():
         for seed, n in ((0, 10), (1, 20))
     ]
     table = tree_table(scores, "level", 0.5)
-    assert "| a | tested | 15 ± 7 | 0 ± 0 | 0.550 ± 0.071 |" in table
-    assert "|  | 0.250 |  | 2 |" in table
+    assert "| a | tested | 15 (10–20) | 0 | 0.55 (0.50–0.60) |" in table
+    assert "|  | 0.25 |  | 2 |" in table
     assert "| a |" not in tree_table(scores, "frequency", 0.5)
     assert "| a | level | 2,000 | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
 
