@@ -106,7 +106,8 @@ def test_each_rule_has_its_own_direct_and_strongest_edges():
 
 
 def tree_score(seed: int, **values: Any) -> TreeScore:
-    score = TreeScore("a", seed, "level", "tested", 0.5, *[None] * (len(TreeScore._fields) - 5))
+    unknown = [None] * (len(TreeScore._fields) - 5)
+    score = TreeScore._make(["a", seed, "level", "tested", 0.5, *unknown])
     return score._replace(**dict.fromkeys(COUNTS, 0) | values)
 
 
