@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     files = write_report(results, out, order, benchmark)
     print(f"\n{(out / files[0]).read_text()}")
     if args.tree:
-        from sae_lens_matryoshka.synthetic.trees import score_trees, write_tree_report
+        from sae_lens_matryoshka.synthetic.tree_report import write_tree_report
+        from sae_lens_matryoshka.synthetic.trees import score_trees
 
         tree_files = write_tree_report(score_trees(benchmark, results, out, args.device), out)
         files += tree_files

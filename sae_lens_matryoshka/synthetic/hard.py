@@ -8,7 +8,7 @@ Its features are built from SAELens' synthetic parts:
 - topics: features that are independent of each other within the documents that they occur in,
 - rare independent features, so that there are more features than latents.
 
-A document is 64 consecutive samples of a batch.
+A document is 100 consecutive samples of a batch.
 """
 
 from typing import NamedTuple
@@ -30,10 +30,10 @@ from sae_lens.synthetic import (
 from sae_lens_matryoshka.synthetic.models import Benchmark
 
 D_IN = 128
-DOCUMENT = 64  # samples
+DOCUMENT = 100  # samples; not a multiple of the blocks that the tree counts in
 _N_DENSE, _N_TREES, _N_GROUPS, _N_TOPICS, _N_RARE = 6, 24, 16, 8, 378
 _CHILDREN, _GRANDCHILDREN, _GROUP, _TOPIC = 3, 2, 5, 6  # features of each
-_P_CHILD, _P_GRANDCHILD = 0.25, 0.35  # where the parent is active
+_P_CHILD, _P_GRANDCHILD = 0.35, 0.4  # where the parent is active
 _P_TOPIC = 0.1  # of a document to have a topic
 _CORRELATION = 0.75  # of the normal variables behind the features of a group
 _MEAN, _STD = 3.0, 0.5  # of magnitudes
@@ -123,7 +123,7 @@ def _features() -> _Features:
     for topic in range(_N_TOPICS):
         for p in _between(0.1, 0.7, _TOPIC):
             add(p, topic)
-    for p in _between(0.002, 0.01, _N_RARE):
+    for p in _between(0.0005, 0.003, _N_RARE):
         add(p)
     return features
 
@@ -138,7 +138,7 @@ HARD = Benchmark(
     d_in=D_IN,
     d_sae=384,
     matryoshka_widths=(24, 72, 168, 384),
-    k=8,
+    k=10,
     lr=1e-3,
     batch_size=256,
 )

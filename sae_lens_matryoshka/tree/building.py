@@ -108,7 +108,7 @@ def tree_of(gathered: Gathered, sae: SAE[Any], rules: Rules | None = None) -> Tr
         "n_shifted_passed": int(by_chance["passed"].sum()),
     }
     settings = {
-        "sae": {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "widths": _widths(sae)},
+        "sae": {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "widths": widths_or_all(sae)},
         "source": gathered.index.settings,
         "rules": {**asdict(rules), "min_firings": MIN_FIRINGS, "parents_by_level": by_level},
     }
@@ -117,11 +117,12 @@ def tree_of(gathered: Gathered, sae: SAE[Any], rules: Rules | None = None) -> Tr
 
 def levels_of(sae: SAE[Any]) -> tuple[Int[np.ndarray, " d_sae"], bool]:
     """The level of each latent, and whether there are several; otherwise all are of level 0."""
-    widths = _widths(sae)
+    widths = widths_or_all(sae)
     return np.searchsorted(widths, np.arange(sae.cfg.d_sae), side="right"), len(widths) > 1
 
 
-def _widths(sae: SAE[Any]) -> list[int]:
+def widths_or_all(sae: SAE[Any]) -> list[int]:
+    """The widths of the levels; for an SAE without levels its own width alone."""
     try:
         return widths_of(sae)
     except ValueError:

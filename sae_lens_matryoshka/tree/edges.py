@@ -40,7 +40,7 @@ class Rules:
 
     edges: str = "tested"
     min_coverage: float = 0.5
-    min_excess: float = 0.5
+    min_excess: float = 0.6
     min_presence: float = 0.5
     max_rank: int = 5
     alpha: float = 0.05
@@ -97,8 +97,8 @@ def find_edges(
         }
     )
     edges["passed"] = passes(edges, rules)
-    edges["strongest"] = _strongest(edges)
-    edges["direct"] = _direct(edges, gathered.d_sae)
+    edges["strongest"] = strongest(edges)
+    edges["direct"] = direct(edges, gathered.d_sae)
     order = ["passed", "information"]
     return edges.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
@@ -146,15 +146,13 @@ def information(
     return total
 
 
-def _strongest(edges: pd.DataFrame) -> Bool[np.ndarray, " edges"]:
+def strongest(edges: pd.DataFrame) -> Bool[np.ndarray, " edges"]:
     """Of the passed edges of each child, the one whose parent says most about it."""
     passed = edges[edges["passed"]]
-    result = np.zeros(len(edges), bool)
-    result[passed.groupby("child")["information"].idxmax().to_numpy(dtype=int)] = True
-    return result
+    return edges.index.isin(passed.groupby("child")["information"].idxmax())
 
 
-def _direct(edges: pd.DataFrame, d_sae: int) -> Bool[np.ndarray, " edges"]:
+def direct(edges: pd.DataFrame, d_sae: int) -> Bool[np.ndarray, " edges"]:
     """The passed edges without another way from parent to child over passed edges."""
     passed = edges["passed"].to_numpy()
     pairs = Pairs(*(edges[name].to_numpy() for name in ("parent", "child", "n_both")))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,59 +12,124 @@ import torch
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.synthetic import models, training
 from sae_lens_matryoshka.synthetic.hard import DOCUMENT, hard_model
+from sae_lens_matryoshka.synthetic.hierarchy import Truth, compare
 from sae_lens_matryoshka.synthetic.models import TOY, parents_of
-from sae_lens_matryoshka.synthetic.trees import TreeScore, compare, random_sae, tree_table
+from sae_lens_matryoshka.synthetic.tree_report import null_table, tree_table
+from sae_lens_matryoshka.synthetic.trees import TreeScore, random_sae, rules_of
+from sae_lens_matryoshka.tree import Tree
+from sae_lens_matryoshka.tree.edges import direct, strongest
+
+COUNTS = [name for name in TreeScore._fields if name.startswith("n_")]
 
 # two trees of features: 0 → 1 → 2 → 3 and 4 → 5; feature 6 stands alone
 PARENT_OF = np.array([-1, 0, 1, 2, -1, 4, -1])
 
 
 def edges(*pairs: tuple[int, int]) -> pd.DataFrame:
-    return pd.DataFrame(pairs, columns=["parent", "child"])
+    """Edges whose coverage is 1; the parent with the higher number is the stronger one."""
+    table = pd.DataFrame(pairs, columns=["parent", "child"], dtype=int)
+    table = table.assign(n_both=1, coverage=1.0, information=table["parent"] / 10, passed=True)
+    table["strongest"] = strongest(table)
+    table["direct"] = direct(table, 7)
+    return table
+
+
+def compared(*pairs: tuple[int, int], feature_of: np.ndarray | None = None) -> dict[str, Any]:
+    return compare(
+        edges(*pairs), Truth(np.arange(7) if feature_of is None else feature_of, PARENT_OF)
+    )
 
 
 def test_a_perfect_tree():
-    latents = np.arange(7)[::-1]  # latent 6 is feature 0, and so on
     every = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (4, 5)]
-    scores = compare(edges(*((6 - p, 6 - c) for p, c in every)), latents, PARENT_OF)
+    scores = compared(*every)
     assert scores == {
         "n_edges": 7,
+        "n_judged": 7,
         "precision": 1,
         "recall": 1,
+        "n_parents": 4,
+        "parents_found": 1,
         "direct_precision": 1,
         "direct_recall": 1,
+        "strongest_precision": 1,
     }
+    reversed_latents = compared(
+        *((6 - parent, 6 - child) for parent, child in every), feature_of=np.arange(7)[::-1]
+    )
+    assert reversed_latents == {
+        **scores,
+        "strongest_precision": 2 / 4,
+    }  # the roots are the stronger
 
 
 def test_errors_of_every_kind():
     feature_of = np.array([0, 1, -1, 3, 4, 5, 6])  # feature 2 has no latent
-    found = edges((0, 1), (0, 3), (6, 5), (2, 6), (1, 0))
-    scores = compare(found, feature_of, PARENT_OF)
-    # (2, 6) is an edge of a latent without a feature; (6, 5) and (1, 0) are false
-    assert scores["n_edges"] == 4
-    assert scores["precision"] == 2 / 4
-    assert scores["recall"] == 1 / 2  # of (0, 1) and (4, 5)
+    scores = compared((0, 1), (0, 3), (6, 5), (2, 6), (3, 4), feature_of=feature_of)
+    assert scores["n_edges"] == 5
+    assert scores["n_judged"] == 4  # (2, 6) is an edge of a latent without a feature
+    assert scores["precision"] == 2 / 4  # (6, 5) and (3, 4) are false
+    assert scores["recall"] == 2 / 4  # of (0, 1), (0, 3), (1, 3) and (4, 5)
+    assert scores["n_parents"] == 2
+    assert scores["parents_found"] == 1 / 2  # of (0, 1) and (4, 5)
     # the nearest ancestors are (0, 1), (1, 3) and (4, 5)
+    assert scores["direct_precision"] == 1 / 4
     assert scores["direct_recall"] == 1 / 3
-    assert compare(edges(), feature_of, PARENT_OF)["precision"] is None
-    assert compare(edges(), np.full(7, -1), PARENT_OF)["recall"] is None
+    assert compared()["precision"] is None
+    assert compared(feature_of=np.full(7, -1))["recall"] is None
 
 
 def test_a_way_around_makes_an_edge_indirect():
-    found = edges((0, 1), (1, 2), (0, 2))
-    scores = compare(found, np.arange(7), PARENT_OF)
+    scores = compared((0, 1), (1, 2), (0, 2))
     assert (scores["direct_precision"], scores["direct_recall"]) == (1, 2 / 4)
-    without = compare(edges((0, 1), (0, 2)), np.arange(7), PARENT_OF)
+    without = compared((0, 1), (0, 2))
     assert (without["direct_precision"], without["precision"]) == (1 / 2, 1)
+    # over a latent without a feature, and over three edges
+    unmatched = compared((0, 1), (1, 2), (0, 2), feature_of=np.array([0, -1, 2, 3, 4, 5, 6]))
+    assert (unmatched["precision"], unmatched["direct_precision"]) == (1, None)
+    longer = compared((0, 1), (1, 2), (2, 3), (0, 3))
+    assert (longer["direct_precision"], longer["direct_recall"]) == (1, 3 / 4)
 
 
-def test_the_table_has_means_and_deviations():
+def test_each_rule_has_its_own_direct_and_strongest_edges():
+    table = edges((0, 1), (1, 2), (0, 2))
+    table["coverage"] = [0.95, 0.75, 0.95]
+    table["passed"] = [True, False, True]
+    table["direct"] = direct(table, 7)
+    tree = Tree(pd.DataFrame(index=range(7)), table, {}, {})
+    rules = rules_of(tree)
+    assert list(rules) == ["coverage 0.5", "coverage 0.7", "coverage 0.9", "tested"]
+    assert rules["coverage 0.7"]["direct"].tolist() == [True, True, False]
+    for rule in ("coverage 0.9", "tested"):
+        assert rules[rule]["direct"].tolist() == [True, True]
+    assert rules["coverage 0.7"]["strongest"].tolist() == [True, True, False]
+
+
+def tree_score(seed: int, **values: Any) -> TreeScore:
+    unknown = [None] * (len(TreeScore._fields) - 5)
+    score = TreeScore._make(["a", seed, "level", "tested", 0.5, *unknown])
+    return score._replace(**dict.fromkeys(COUNTS, 0) | values)
+
+
+def test_the_tables_have_means_and_ranges():
     scores = [
-        TreeScore("a", seed, "level", "tested", n, 0.5 + 0.1 * seed, 1.0, None, 0.25, 0.0)
+        tree_score(
+            seed,
+            n_edges=n,
+            precision=0.5 + 0.1 * seed,
+            direct_recall=0.25 if seed else None,
+            n_looked_at=1000,
+            n_tested=100,
+            n_shifted_tested=n,
+            n_shifted_passed=1,
+        )
         for seed, n in ((0, 10), (1, 20))
     ]
-    table = tree_table(scores)
-    assert "| a | level | tested | 15 ± 7 | 0.550 ± 0.071 | 1.000 ± 0.000 |  | 0.250 ±" in table
+    table = tree_table(scores, "level", 0.5)
+    assert "| a | tested | 15 (10–20) | 0 | 0.55 (0.50–0.60) |" in table
+    assert "|  | 0.25 |  | 2 |" in table
+    assert "| a |" not in tree_table(scores, "frequency", 0.5)
+    assert "| a | level | 2,000 | 30 of 200 | 2 of 30 | 0 of 0 |" in null_table(scores)
 
 
 def test_the_hard_world():
@@ -112,17 +178,25 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert (tmp_path / "tree.md").read_text().strip() in out
-    for row in ("| random | level | tested |", "| batchtopk | frequency | coverage 0.5 |"):
+    for row in ("| random | tested |", "| batchtopk | coverage 0.5 |", "| matryoshka | level |"):
         assert row in out
-    assert "| batchtopk | level |" not in out
-    kept = tmp_path / "runs" / "matryoshka" / "seed_0" / "tree_scores.json"
-    scores = [TreeScore(**values) for values in json.loads(kept.read_text())]
-    assert {(s.parents, s.rule) for s in scores} == {
-        (parents, rule)
+    assert "| batchtopk | level |" not in out  # it has no levels
+    assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG")
+    path = tmp_path / "runs" / "matryoshka" / "seed_0" / "tree_scores.json"
+    kept = json.loads(path.read_text())
+    scores = [TreeScore(**values) for values in kept["scores"]]
+    assert {(s.parents, s.rule, s.min_cosine) for s in scores} == {
+        (parents, rule, min_cosine)
         for parents in ("frequency", "level")
         for rule in ("coverage 0.5", "coverage 0.7", "coverage 0.9", "tested")
+        for min_cosine in (0.5, 0.7)
     }
-    # again, from what is kept
-    kept.write_text(json.dumps([scores[0]._replace(n_edges=1234.0)._asdict()]))
+    # again: from what is kept, unless that was made by other rules
+    changed = {**kept, "scores": [scores[0]._replace(n_edges=1234)._asdict()]}
+    path.write_text(json.dumps(changed))
     assert cli.main(words) == 0
     assert "| 1234 |" in capsys.readouterr().out
+    changed["rules"] = {**kept["rules"], "max_rank": 6}
+    path.write_text(json.dumps(changed))
+    assert cli.main(words) == 0
+    assert json.loads(path.read_text()) == kept
