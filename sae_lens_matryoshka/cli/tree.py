@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.activations and not args.dataset:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
     out: Path = args.out
-    known = {"gathered", "tree.json", "examples.safetensors", "index.html", "data"}
-    others = {file.name for file in out.iterdir()} - known if out.is_dir() else set()
-    if any(not name.startswith(".") for name in others):  # .data.unfinished of a killed command
+    if out.is_dir() and any(out.iterdir()) and not (out / "gathered").is_dir():
         raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
 
     from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given

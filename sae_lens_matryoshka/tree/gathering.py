@@ -1,5 +1,7 @@
 """One pass over the tokens: every shard is encoded, summed up and written, and the pass resumes."""
 
+import copy
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +37,7 @@ def as_inference(sae: SAE[Any]) -> SAE[Any]:
     """The SAE as it is saved, taking heads of hook_z flattened."""
     if isinstance(sae, TrainingSAE):
         sae = truncate(sae, sae.cfg.d_sae)
+    sae = copy.copy(sae)  # shares the weights; the caller's goes on taking heads
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae
 
@@ -54,8 +57,7 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         OSError: a file can't be written; the shards before it are kept.
     """
     cfg = sae.cfg
-    weights = xxh3_64(sae.W_dec.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    settings = {**source.settings, "n_tokens": n_tokens, "weights": weights.hexdigest()}
+    settings = {**source.settings, "n_tokens": n_tokens, "weights": _fingerprint(sae)}
     index = _index_of(folder, Index(cfg.d_sae, cfg.d_in, settings))
     if index.is_complete:
         return Gathered(folder)
@@ -84,6 +86,17 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
     return Gathered(folder)
 
 
+def _fingerprint(sae: SAE[Any]) -> str:
+    """A checksum of what the codes depend on: all weights, and the config without its metadata."""
+    config = sae.cfg.to_dict()
+    described = {name: config[name] for name in config.keys() - {"metadata", "device"}}
+    checksum = xxh3_64(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
+
+
 def _index_of(folder: Path, wanted: Index) -> Index:
     """The index to continue from."""
     check_writable("out", folder)
@@ -92,7 +105,7 @@ def _index_of(folder: Path, wanted: Index) -> Index:
         for name, value in wanted.settings.items():
             before = written.settings.get(name)
             if before != value:
-                what = "other SAE" if name == "weights" else f"{name}={before!r}, not {value!r}"
+                what = "another SAE" if name == "weights" else f"{name}={before!r}, not {value!r}"
                 raise ValueError(f"{folder} was gathered with {what}: give another folder.")
         return written
     if folder.is_dir() and any(folder.iterdir()):

@@ -62,6 +62,7 @@ def test_without_levels_it_goes_by_frequency(capsys):
         (["sae", "--activations", "x.npy"], "the following arguments are required: --out"),
         (["sae", "--activations", "x.npy", "--out", "x.npy"], "can't be written to"),
         (["sae", "--activations", "x.npy", "--out", "sae"], "sae holds something else"),
+        (["sae", "--activations", "x.npy", "--out", "site"], "site holds something else"),
         (["sae", "--activations", "none.npy", "--out", "out"], "'none.npy' is not accepted"),
         (["sae", "--activations", "x.npy", "--dataset", "y", "--out", "out"], "two ways"),
         (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "0"], "argument --tokens"),
@@ -73,4 +74,6 @@ def test_without_levels_it_goes_by_frequency(capsys):
 )
 def test_mistakes(words: list[str], message: str, refusal: Refusal):
     np.save("wide.npy", torch.zeros(600, D_IN + 1).numpy())
+    Path("site/data").mkdir(parents=True)  # whose names are those of a page
+    Path("site/index.html").write_text("")
     assert message in refusal("tree", *words)
