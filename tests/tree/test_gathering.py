@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka.tree import build_tree, gathering
+from sae_lens_matryoshka.tree.encoding import Encoder
 from sae_lens_matryoshka.tree.gathered import Gathered, shifted_pieces
 from sae_lens_matryoshka.tree.gathering import gather
 from sae_lens_matryoshka.tree.sources import StoredActivations
@@ -85,8 +86,8 @@ def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
         Gathered(tmp_path / "g")
     monkeypatch.setattr(gathering, "_write", write)
     encoded = []
-    encode = gathering.encode
-    monkeypatch.setattr(gathering, "encode", lambda *args: encoded.append(1) or encode(*args))
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda *args: encoded.append(1) or encode(*args))
     again = gathered_in(tmp_path / "g", x)
     assert len(encoded) == N_SHARDS - n_written // 2
     assert again.index == whole.index
