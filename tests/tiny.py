@@ -22,20 +22,20 @@ SHORT_RUN: dict[str, Any] = {  # of one SAE or of several
 }
 
 
-def tiny_model() -> HookedTransformer:
-    return HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=2,
-            d_model=D_MODEL,
-            n_heads=N_HEADS,
-            d_head=D_MODEL // N_HEADS,
-            n_ctx=N_CTX,
-            d_vocab=VOCAB,
-            act_fn="gelu",
-            seed=0,
-            default_prepend_bos=False,
-        )
-    )
+def tiny_model(**changes: Any) -> HookedTransformer:
+    """With other settings where `changes` has them."""
+    settings: dict[str, Any] = {
+        "n_layers": 2,
+        "d_model": D_MODEL,
+        "n_heads": N_HEADS,
+        "d_head": D_MODEL // N_HEADS,
+        "n_ctx": N_CTX,
+        "d_vocab": VOCAB,
+        "act_fn": "gelu",
+        "seed": 0,
+        "default_prepend_bos": False,
+    }
+    return HookedTransformer(HookedTransformerConfig(**{**settings, **changes}))
 
 
 def token_dataset(n_rows: int = 600) -> Dataset:

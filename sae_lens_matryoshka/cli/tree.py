@@ -34,6 +34,20 @@ def add_parser(commands: Any) -> None:
         default="tested",
         help="coverage: only P(parent | child), without the other tests (default: %(default)s)",
     )
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="labels of latents: a JSON file that the page exported, or of SAEBench's autointerp; "
+        "labels.json in --out is read too",
+    )
+    add(
+        "--ablation",
+        action="store_true",
+        help="estimate how the model's loss changes without each latent, which takes about three "
+        "times the whole model's pass over the texts",
+    )
+    add("--single-file", action="store_true", help="write the page as one file, for a small SAE")
     parser.set_defaults(run=run)
 
 
@@ -41,16 +55,23 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if not args.activations and not args.dataset:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
+    if args.ablation and not args.dataset:
+        raise ValueError("--ablation needs the model and its texts: give --dataset.")
     out: Path = args.out
-    if out.is_dir() and any(out.iterdir()) and not (out / "gathered").is_dir():
+    others = {file.name for file in out.iterdir()} - {"labels.json"} if out.is_dir() else set()
+    if others and not (out / "gathered").is_dir():  # which a tree begins with
         raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
 
     from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
     from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.levels.fingerprint import fingerprint
     from sae_lens_matryoshka.tree import build_tree
+    from sae_lens_matryoshka.tree.ablation import ablation_of, check_ablation
     from sae_lens_matryoshka.tree.examples import find_examples
     from sae_lens_matryoshka.tree.gathered import Gathered
     from sae_lens_matryoshka.tree.page import write_page
+    from sae_lens_matryoshka.tree.page.labels import read_labels
+    from sae_lens_matryoshka.tree.page.tokens import TokenTexts
     from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
     from sae_lens_matryoshka.util.files import check_writable
 
@@ -58,6 +79,12 @@ def run(args: argparse.Namespace) -> int:
     check_writable("--out", out)
     widths, device = args.matryoshka_widths, args.device
     sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
+    labels: dict[int, str] = {}
+    beside = out / "labels.json"
+    for file in filter(None, (args.labels, beside if beside.exists() else None)):
+        labels |= read_labels(file, sae.cfg.d_sae, fingerprint(sae))
+    if args.ablation:
+        check_ablation(sae)
     data: dict[str, Any]
     if args.activations:
         data = {"activations": open_given(args.activations, sae)}
@@ -71,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         )
         gathered = Gathered(out / "gathered")
         examples = find_examples(gathered)
+        ablation = ablation_of(gathered, sae, data["model"]) if args.ablation else None
     except (KeyboardInterrupt, SystemExit):
         print(f"\nStopped. The same command resumes from what is in {out}.", file=sys.stderr)
         raise
@@ -79,13 +107,24 @@ def run(args: argparse.Namespace) -> int:
     given = Path(args.release_or_dir)
     name = given.resolve().name if given.is_dir() else args.release_or_dir
     name = " ".join(filter(None, [name, args.sae_id]))
-    write_page(out, tree, gathered, examples, sae, data.get("model"), name)
+    write_page(
+        out,
+        tree,
+        gathered,
+        examples,
+        sae,
+        data.get("model"),
+        name,
+        labels=labels,
+        ablation=ablation,
+        single_file=args.single_file,
+    )
     if not tree.settings["rules"]["parents_by_level"]:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
     tokenizer = getattr(data.get("model"), "tokenizer", None)
     if tokenizer:
-        families = family_lines(tree, words_of(gathered, examples, tokenizer.decode))
+        families = family_lines(tree, words_of(gathered, examples, TokenTexts(tokenizer)))
     else:
         families = family_lines(tree)
     print("\n" + ("\n".join(families) or "No edge passed."))

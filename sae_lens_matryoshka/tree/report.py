@@ -1,6 +1,6 @@
 """The tree in a few lines of text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -62,21 +62,21 @@ def family_lines(
 
 
 def words_of(
-    gathered: Gathered, examples: Examples, decode: Callable[[Sequence[int]], str]
+    gathered: Gathered, examples: Examples, text_of: Callable[[int], str]
 ) -> Callable[[int], str]:
     """Names latents by the tokens of their top examples; see `family_lines`.
 
     Args:
         gathered: With texts.
         examples: Of its latents.
-        decode: The tokenizer's.
+        text_of: The text of a token id.
     """
     shards = range(len(gathered.index.shards))
     ids = np.concatenate([gathered.tokens(i).reshape(-1)[gathered.positions(i)] for i in shards])
 
     def name(latent: int) -> str:
         tokens = examples.top_tokens[latent]
-        words = dict.fromkeys(decode([int(ids[token])]) for token in tokens[tokens >= 0])
+        words = dict.fromkeys(text_of(int(ids[token])) for token in tokens[tokens >= 0])
         return f" ({' '.join(repr(word) for word in list(words)[:_N_WORDS])})"
 
     return name

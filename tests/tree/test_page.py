@@ -7,148 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PreTrainedTokenizerFast
 
 from sae_lens_matryoshka.tree import Tree
-from sae_lens_matryoshka.tree.building import tree_of
-from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
-from sae_lens_matryoshka.tree.gathering import gather
-from sae_lens_matryoshka.tree.page import write_page
-from sae_lens_matryoshka.tree.page.weights import logit_lens, neighbours
-from sae_lens_matryoshka.tree.sources import Batch
 from tests.tree.browser import open_browser
-from tests.tree.worlds import (
-    ALONE,
-    CHILD,
-    D_IN,
-    DEAD,
-    DENSE,
-    GRANDCHILD,
-    PARENT,
-    exact_sae,
-    small_world,
-)
-
-CONTEXT, N_TOKENS = 16, 6400
-ODD = [
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(2)>",
-    "\"quotes'`",
-    " &amp;",
-    " 🦊👩‍👩‍👧",
-    " שלום",
-    "\u202eoverride",
-    "\n",
-    "\u2028",
-    "${x}{{ y }}",
-]
-VOCABULARY = [*ODD, *(f" word{i}" for i in range(30))]
-FOX = VOCABULARY.index(" 🦊👩‍👩‍👧")
-HOOK = "blocks.1.hook_resid_pre"
-
-
-class World:
-    """The small world as a source of texts; the fox stands wherever the grandchild fires."""
-
-    def __init__(self) -> None:
-        self.settings: dict[str, Any] = {"dataset": "odd <b>texts</b>", "model": "tiny"}
-
-    def batches(self, skip: int) -> Iterator[Batch]:
-        x = small_world(N_TOKENS)
-        tokens = np.random.default_rng(0).integers(0, len(VOCABULARY), N_TOKENS)
-        tokens[tokens == FOX] += 1
-        tokens[x[:, GRANDCHILD] > 0.5] = FOX
-        for start in range(skip * 320, N_TOKENS, 320):
-            own = tokens[start : start + 320].reshape(-1, CONTEXT).astype(np.int32)
-            # the SAE is not run on the first token of a context
-            positions = np.arange(320).reshape(-1, CONTEXT)[:, 1:].reshape(-1).astype(np.int32)
-            yield Batch(x[start : start + 320][positions], own, positions)
-
-
-def model() -> HookedTransformer:
-    cfg = HookedTransformerConfig(
-        n_layers=2,
-        d_model=D_IN,
-        n_heads=2,
-        d_head=6,
-        n_ctx=CONTEXT,
-        d_vocab=len(VOCABULARY),
-        act_fn="gelu",
-        seed=0,
-        default_prepend_bos=False,
-    )
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    made = HookedTransformer(cfg)
-    made.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token=VOCABULARY[-1])),
-        clean_up_tokenization_spaces=False,
-    )
-    return made
-
-
-def written(folder: Path, sae: Any, source: Any, n_tokens: int, **options: Any) -> Path:
-    gathered = gather(sae, source, folder / "gathered", n_tokens)
-    tree = tree_of(gathered, sae)
-    tree.save(folder / "tree.json")
-    return write_page(folder, tree, gathered, find_examples(gathered), sae, **options)
-
-
-@pytest.fixture(scope="module")
-def sae() -> Any:
-    sae = exact_sae(8, [1, 2, 8])
-    sae.cfg.metadata.hook_name = HOOK
-    return sae
-
-
-@pytest.fixture(scope="module")
-def odd(sae, tmp_path_factory) -> Path:
-    name = "odd </script><script>alert(3)</script>"
-    folder = tmp_path_factory.mktemp("page with spaces & ünicode#1")
-    return written(folder, sae, World(), N_TOKENS, model=model(), name=name)
-
-
-class Arrays:
-    """Activations from memory, without texts."""
-
-    def __init__(self, x: torch.Tensor):
-        self.settings: dict[str, Any] = {"activations": "x"}
-        self._x = x
-
-    def batches(self, skip: int) -> Iterator[Batch]:
-        yield from map(Batch, self._x.split(256)[skip:])
-
-
-def families(n: int, n_parents: int, n_tokens: int = 2560) -> torch.Tensor:
-    """Of `n` latents the first are parents, whose children share their tokens."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.zeros(n_tokens, n)
-    parents = torch.rand(n_tokens, n_parents, generator=generator) < 0.2
-    x[:, :n_parents] = parents * 1.0
-    for latent in range(n_parents, n):
-        on = parents[:, latent % n_parents] & (torch.rand(n_tokens, generator=generator) < 0.2)
-        x[:, latent] = on * 1.0
-    return x
-
-
-@pytest.fixture(scope="module")
-def thousand(tmp_path_factory) -> Path:
-    sae = exact_sae(1000, [10, 1000], d_in=1000)
-    return written(tmp_path_factory.mktemp("1000"), sae, Arrays(families(1000, 10)), 2560)
-
-
-@pytest.fixture(scope="module")
-def none(tmp_path_factory) -> Path:
-    sae = exact_sae(8)
-    x = torch.rand(2560, D_IN, generator=torch.Generator().manual_seed(0)) * 0.55
-    return written(tmp_path_factory.mktemp("none"), sae, Arrays(x), 2560)
+from tests.tree.pages import CONTEXT, HOOK, ODD, VOCABULARY, model
+from tests.tree.worlds import ALONE, CHILD, DEAD, DENSE, GRANDCHILD, PARENT
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +24,8 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-Open = Callable[..., Page]
-
-
 @pytest.fixture
-def opened(browser: Browser) -> Iterator[Open]:
+def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens a page, and fails on errors, dialogs and requests of anything but files."""
     wrong: list[str] = []
     contexts = []
@@ -211,6 +75,8 @@ def test_from_a_root_to_a_grandchild(odd, opened):
     expect(edge).to_contain_text(f"On {evidence['n_both']} of them, 100 %, {CHILD} fires too")
     expect(edge).to_contain_text(f"of {tree.summary['n_shifted_tested']} pair")
     assert edge.locator("li.ok").count() == 5
+    expect(edge).to_contain_text(f"Where {CHILD} fires most:")
+    assert edge.locator(".firing .peak").count() == 3
     edge.locator("a.latent").click()
     expect(page.locator("h2")).to_contain_text(f"Latent {CHILD}")
     expect(page.locator("#family h3").first).to_have_text("Parents 1")
@@ -259,6 +125,38 @@ def test_labels_stay_and_are_exported(odd, opened):
     exported = json.loads(download.value.path().read_text())
     assert exported["labels"] == {str(CHILD): "a <b>fox</b>"}
     assert exported["weights"] == Gathered(odd.parent / "gathered").index.settings["weights"]
+
+
+def test_labels_from_a_file(labelled, opened):
+    page = opened(labelled, f"#latent={CHILD}")
+    label = page.get_by_label("Label", exact=True)
+    expect(label).to_have_value("from <i>a</i> file")
+    expect(row(page, PARENT)).to_contain_text("general")
+    label.fill("typed")
+    page.reload()
+    expect(label).to_have_value("typed")
+    label.fill("")
+    page.reload()
+    expect(label).to_have_value("")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export labels").click()
+    assert json.loads(download.value.path().read_text())["labels"] == {str(PARENT): "general"}
+
+
+def test_one_file_holds_the_page(labelled, opened, tmp_path):
+    shutil.copy(labelled, tmp_path / "alone.html")
+    page = opened(tmp_path / "alone.html", f"#latent={GRANDCHILD}")
+    assert set(page.locator("#examples .peak").all_text_contents()) == {" 🦊👩‍👩‍👧"}
+    page.get_by_role("link", name="Texts").click()
+    expect(page.locator("#tokens .token")).to_have_count(CONTEXT - 1)
+    assert not (labelled.parent / "data").exists()
+
+
+def test_the_change_of_the_loss(labelled, odd, opened):
+    shown = opened(labelled, f"#latent={CHILD}").locator("#ablation")
+    expect(shown).to_contain_text("the loss of the text that follows by −0.25 nats")
+    expect(opened(labelled, f"#latent={DEAD}").locator("#ablation")).to_have_count(0)
+    expect(opened(odd, f"#latent={CHILD}").locator("#ablation")).to_have_count(0)
 
 
 def test_deep_links(odd, opened):
@@ -325,24 +223,6 @@ def test_a_text_with_its_latents_by_level(odd, sae, opened):
     assert page.locator(".levels-added").count() == 2
 
 
-def test_what_each_level_explains(odd, sae):
-    text = json.loads((odd.parent / "data/text-0.js").read_text()[len('receive("text-0",') : -2])
-    gathered = Gathered(odd.parent / "gathered")
-    ids = torch.tensor(gathered.tokens(0)[0]).long()
-    mean = torch.from_numpy(gathered.sums["total"] / gathered.n_tokens).float()
-    with torch.no_grad():
-        x = model().run_with_cache(ids[None])[1][HOOK][0][1:]
-        codes, W_dec = sae.encode(x), sae.W_dec.detach()
-    for level, width in enumerate([1, 2, 8]):
-        error = (codes[:, :width] @ W_dec[:width] - x).square().sum(1)
-        shares = 1 - error / (x - mean).square().sum(1)
-        found = [shares_of_token[level] for shares_of_token in text["explained"][1:]]
-        np.testing.assert_allclose(found, shares, rtol=0.01, atol=1e-3)
-        total = 1 - error.sum() / (x - mean).square().sum()
-        assert text["total"][level] == pytest.approx(float(total), rel=0.01, abs=1e-3)
-    assert text["explained"][0] is text["latents"][0] is None
-
-
 @pytest.mark.parametrize(
     ("latent", "message"),
     [(DEAD, "Dead: it fires on none"), (DENSE, "Dense: it fires on more than a tenth")],
@@ -353,7 +233,7 @@ def test_warnings(latent, message, odd, opened):
 
 def test_a_thousand_latents(thousand, opened):
     page = opened(thousand)
-    page.get_by_label("latents without family too").check()
+    page.get_by_label("all latents").check()
     page.get_by_label("sorted by").select_option("number")
     assert page.locator("#space .row").count() < 100  # only those in sight
     row(page, 0).locator(".caret").click()
@@ -367,11 +247,30 @@ def test_a_thousand_latents(thousand, opened):
     expect(page.locator("#right")).to_contain_text("Promoted tokens need a model")
 
 
+def test_variety_counts_children_with_words_of_their_own(thousand, opened):
+    page = opened(thousand)  # latent n + 10 is a child of n % 10
+    variety, distinct = page.evaluate(
+        """() => {
+          index.fired = index.fired.map((n, latent) => (latent === 2 ? n : Math.min(n, 200)));
+          index.words = index.fired.map((_, n) => n < 10 ? ["tree"] : [
+            [`leaf${n}`, `root${n}`, `bark${n}`], ["leaf", "root", "bark"],
+            [`leaf${n}`, `root${n}`, `bark${n}`], ["Tree", `leaf${n}`, `root${n}`],
+            [`ab${n}`, `leaf${n}`, `root${n}`], ["叶" + n, "根" + n, "皮" + n],
+          ][n % 10] || []);
+          prepareForest();
+          return [Array.from(variety.slice(0, 7)), Array.from(isDistinct)];
+        }"""
+    )
+    # all differ; all have the same words; a dense parent; the parent's word; two letters; all
+    assert [int(value) for value in variety] == [99, 1, 0, 0, 0, 99, 0]
+    assert sum(distinct) == 99 + 1 + 99 + 99
+
+
 def test_no_edge(none, opened):
     page = opened(none)
     expect(page.get_by_role("status")).to_contain_text("No edge passed the tests")
     expect(page.locator("#about")).to_contain_text("This SAE has no levels")
-    page.get_by_label("latents without family too").check()
+    page.get_by_label("all latents").check()
     row(page, 3).click()
     expect(page.locator("#family")).to_contain_text("No edge to or from this latent")
 
@@ -397,32 +296,3 @@ def test_a_missing_file_is_named(none, browser, tmp_path):
     page.goto((tmp_path / "copy/index.html").as_uri() + "#latent=3")
     expect(page.locator("#right .warning")).to_contain_text("data/latents-0.js can't be read")
     page.close()
-
-
-def test_a_failed_page_leaves_the_earlier_one(none, monkeypatch):
-    before = {path: path.read_bytes() for path in none.parent.rglob("*") if path.is_file()}
-    gathered = Gathered(none.parent / "gathered")
-    tree = Tree.load(none.parent / "tree.json")
-    examples = find_examples(gathered)
-    monkeypatch.setattr(Gathered, "sorted_activations", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_page(none.parent, tree, gathered, examples, exact_sae(8), name="another")
-    assert before == {path: path.read_bytes() for path in none.parent.rglob("*") if path.is_file()}
-
-
-def test_logit_lens_and_neighbours(sae):
-    own = model()
-    lens = logit_lens(sae, own, n=3)
-    assert lens is not None
-    rows = sae.W_dec - sae.W_dec.mean(1, keepdim=True)
-    logits = (rows * own.ln_final.w) @ own.W_U
-    z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True)
-    torch.testing.assert_close(lens.promoted.values, z.sort(1, descending=True).values[:, :3])
-    torch.testing.assert_close(lens.suppressed.indices, z.argsort(1)[:, :3])
-    W_dec = torch.tensor([[1.0, 0], [2, 0.2], [-1, 0], [0, 1]])
-    near = neighbours(W_dec, n=2)
-    assert near.indices[0].tolist() == [1, 3]
-    assert near.values[1, 0].item() == pytest.approx(1 / np.sqrt(1.01))
-    sae.cfg.metadata.hook_name = "blocks.1.attn.hook_q"
-    assert logit_lens(sae, own) is None
-    sae.cfg.metadata.hook_name = HOOK

@@ -1,16 +1,10 @@
 """The texts of what was gathered, and the tokens around those where a latent fires."""
 
-from collections import Counter
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, Int
 
 from sae_lens_matryoshka.tree.gathered import Gathered
 
-TextOf = Callable[[int], str]
 BEFORE, AFTER = 18, 8  # tokens shown around one
 
 
@@ -63,25 +57,3 @@ class Activations:
     def at(self, rows: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """The activations on rows; 0 for row −1."""
         return np.where(rows >= 0, self._values[rows], 0)
-
-
-def text_of_tokens(tokenizer: Any) -> TextOf:
-    """The text of a token id; `[id]` without a tokenizer."""
-
-    @cache
-    def text_of(token: int) -> str:
-        if tokenizer is None:
-            return f"[{token}]"
-        text = tokenizer.decode([token])
-        piece = tokenizer.convert_ids_to_tokens(token)
-        # SentencePiece's decoders drop the space at the start of a text
-        starts_word = isinstance(piece, str) and piece.startswith("▁")
-        return " " + text if starts_word and not text.startswith(" ") else text
-
-    return text_of
-
-
-def naming_words(ids: Int[np.ndarray, " n"], text_of: TextOf, n_words: int = 5) -> list[str]:
-    """The most frequent tokens among a latent's examples, without the spaces around them."""
-    texts = (text_of(int(token)) for token in ids)
-    return [word for word, _ in Counter(t.strip(" ") or t for t in texts).most_common(n_words)]

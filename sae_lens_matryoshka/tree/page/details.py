@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sae_lens_matryoshka.tree.examples import Examples
 from sae_lens_matryoshka.tree.gathered import Gathered
-from sae_lens_matryoshka.tree.page.corpus import BEFORE, Activations, Corpus, TextOf
+from sae_lens_matryoshka.tree.page.corpus import BEFORE, Activations, Corpus
 from sae_lens_matryoshka.tree.page.numbers import rounded
 from sae_lens_matryoshka.tree.page.relations import Relations
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
 from sae_lens_matryoshka.tree.page.weights import LogitLens, Nearest
 from sae_lens_matryoshka.tree.tree import Tree
 
@@ -45,7 +46,9 @@ class Details:
         neighbours: By decoder cosine.
         lens: Promoted tokens, if the model is known.
         corpus: The texts, if there are any.
-        text_of: The text of a token id.
+        text_of: The texts of token ids.
+        ablation: Change of the loss if a latent is ablated, if it was measured; see
+            `tree.ablation`.
     """
 
     tree: Tree
@@ -54,7 +57,8 @@ class Details:
     neighbours: Nearest
     lens: LogitLens | None
     corpus: Corpus | None
-    text_of: TextOf
+    text_of: TokenTexts
+    ablation: Float[np.ndarray, " d_sae"] | None = None
 
     def files(self) -> Iterator[dict[str, Any]]:
         """The files' contents, of `CHUNK` latents each."""
@@ -73,6 +77,8 @@ class Details:
                 )
                 detail["parents"] = relations.parents.get(latent, [])
                 detail["children"] = relations.children.get(latent, [])
+                if self.ablation is not None:
+                    detail["ablation"] = rounded(float(self.ablation[latent]))
                 detail["histogram"] = self.examples.histogram[latent].tolist()
                 detail["top"], detail["quantiles"] = [], []
             for latent, rows, values in self.gathered.sorted_activations(start, stop):
@@ -142,7 +148,7 @@ class Details:
                 for place in values.nonzero()[0].tolist()
                 for number in (place - first, rounded(float(values[place])))
             ]
-            shown.append([row, BEFORE - first, [words(self.text_of(token)) for token in key], flat])
+            shown.append([row, BEFORE - first, list(map(words, self.text_of.of(key))), flat])
             if len(shown) == n_most:
                 break
         return shown

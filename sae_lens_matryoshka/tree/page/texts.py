@@ -9,8 +9,9 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from sae_lens_matryoshka.levels.slicing import decode_levels
 from sae_lens_matryoshka.tree.encoding import encode
-from sae_lens_matryoshka.tree.page.corpus import Corpus, TextOf
+from sae_lens_matryoshka.tree.page.corpus import Corpus
 from sae_lens_matryoshka.tree.page.numbers import rounded
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
 
 N_TEXTS, N_TOKENS = 8, 160
 
@@ -22,7 +23,7 @@ def texts_for_page(
     corpus: Corpus,
     mean: torch.Tensor,
     widths: list[int],
-    text_of: TextOf,
+    text_of: TokenTexts,
 ) -> list[dict[str, Any]]:
     """The beginnings of a few contexts, evenly spaced over all, as the page reads them.
 
@@ -32,7 +33,7 @@ def texts_for_page(
         corpus: The texts.
         mean: Mean activation of all tokens, (d_in,), against which variance is explained.
         widths: Of the levels.
-        text_of: The text of a token id.
+        text_of: The texts of token ids.
 
     Returns:
         For each text, `tokens`; `latents`, for each token a flat list of latent, activation, …,
@@ -58,7 +59,7 @@ def _text(
     is_run: np.ndarray,
     mean: torch.Tensor,
     widths: list[int],
-    text_of: TextOf,
+    text_of: TokenTexts,
 ) -> dict[str, Any]:
     codes = encode(sae, x)
     acts = torch.from_numpy(codes.toarray()).to(sae.device, sae.dtype)
@@ -76,7 +77,7 @@ def _text(
         latents[place] = [value for pair in pairs for value in pair]
         shares[place] = [rounded(share) for share in explained[:, row].tolist()]
     return {
-        "tokens": [text_of(int(token)) for token in ids],
+        "tokens": text_of.of(ids.tolist()),
         "latents": latents,
         "explained": shares,
         "total": [rounded(share) for share in total.tolist()],

@@ -5,15 +5,16 @@ function aboutView() {
   const { summary, settings } = index;
   const { rules, source } = settings;
   const roots = index.parent.map((_, latent) => latent).filter((latent) => index.parent[latent] < 0 && drawnChildren[latent].length);
-  const strongest = roots.sort((a, b) => strength[b] - strength[a]).slice(0, 8);
+  const first = sorted(roots, index.has_words ? orders.variety : orders.evidence).slice(0, 8);
   return h("article", { id: "about" },
     h("a", { class: "back", href: address(withoutLatent()) }, "‹ back"),
     h("h2", {}, "Which latents specialise which"),
     h("p", {}, "A latent is one direction that the sparse autoencoder has learned. It fires on tokens whose activation contains that " +
       "direction. A child specialises its parent: nearly wherever the child fires the parent fires too, and the parent also elsewhere."),
-    strongest.length ? [h("h3", {}, "Start here"), h("p", { class: "quiet" }, "The latents that say most about their children."),
-      h("ul", { class: "plain" }, strongest.map((latent) =>
-        h("li", {}, latentLink(latent), h("span", { class: "cell" }, counted(drawnChildren[latent].length, "child", "children")))))] : null,
+    first.length ? [h("h3", {}, "Start here"), h("p", {}, index.has_words
+      ? "General latents whose children differ most, and three of these. The words are the tokens that a latent fires on most often among its examples."
+      : "The latents that say most about their children."),
+      h("ul", { class: "plain" }, first.map(startingPoint))] : null,
     hasLevels() ? [h("h3", {}, "Levels"),
       h("p", {}, "The first latents reconstruct the activation alone, and so learn what is general; each level adds latents that learn what is left."),
       h("ul", { class: "plain" }, startOfLevel.map((_, level) =>
@@ -32,12 +33,22 @@ function aboutView() {
       : h("p", { class: "warning" }, "Only coverage was asked for: these edges did not have to pass any other test."),
     h("p", {}, nullSentence()),
     h("p", { class: "quiet" }, "An edge says that one latent's tokens are nearly all tokens of another, and nothing about what they mean. " +
-      "Read the examples. In the forest a latent stands under its strongest parent alone; its own page lists all. “Evidence”, by which the forest is sorted, is the mutual information of the two firings in bits per token, summed over the children of a root."),
+      "Read the examples. In the forest a latent stands under its strongest parent alone; its own page lists all. “Variety of children”, by which the forest is sorted, counts the children with words that neither the parent nor a stronger child has; dense latents, which fire on more than a tenth of the tokens, come last. “Evidence” is the mutual information of the two firings in bits per token, summed over the children."),
     h("h3", {}, "Latents that can't be tested"),
     h("p", {}, `${count(summary.n_dead)} never fire on these tokens; ${count(summary.n_rare)} fire on fewer than ${rules.min_firings}.`),
+    h("h3", {}, "Characters in several tokens"),
+    h("p", {}, "Some tokens are only a part of a character, as of an emoji. In a text the character stands at its first token, and · at the others. A token alone " +
+      "is shown by its bytes, as ⟨E2 80⟩. ↵ is the end of a line, ␣ a space."),
     h("h3", {}, "Keys"),
     h("p", {}, h("kbd", {}, "/"), " searches; in the forest ", h("kbd", {}, "↑"), " ", h("kbd", {}, "↓"), " move, ", h("kbd", {}, "→"), " ",
       h("kbd", {}, "←"), " open and close a family, ", h("kbd", {}, "Enter"), " shows a latent, ", h("kbd", {}, "Esc"), " clears the search."),
     h("p", { class: "quiet" }, source.dataset ? `Texts: ${source.dataset}. Model: ${source.model}. ` : `Activations: ${source.activations}. `,
       "Nothing on this page is loaded from a network. Labels stay in this browser until you export them."));
+}
+
+// A general latent and three of its children, those with words of their own first.
+function startingPoint(latent) {
+  const children = sorted(drawnChildren[latent], index.has_words ? orders.variety : orders.evidence).slice(0, 3);
+  return h("li", { class: "start" }, latentLink(latent), h("span", { class: "cell" }, counted(drawnChildren[latent].length, "child", "children")),
+    h("div", { class: "some quiet" }, children.map((child) => h("div", {}, "▸ ", latentLink(child)))));
 }

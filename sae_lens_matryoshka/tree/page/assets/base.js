@@ -11,12 +11,14 @@ function receive(name, value) {
   files.get(name).resolve(value);
 }
 
-// A file of data/: as a script, because a page opened from a disk may not fetch.
+// A file of data/: as a script, because a page opened from a disk may not fetch; or from the page itself.
 function load(name) {
   if (!files.has(name)) {
     const file = {};
+    const inside = document.getElementById(`data-${name}`);
     file.promise = new Promise((resolve, reject) => {
       file.resolve = resolve;
+      if (inside) return resolve(JSON.parse(inside.textContent));
       const onerror = () => {
         files.delete(name);
         reject(new Error(`data/${name}.js can't be read: keep the folder data beside index.html.`));
@@ -62,6 +64,8 @@ function levelOf(latent) {
   return level;
 }
 
+const isDense = (latent) => index.fired[latent] > index.summary.n_tokens / 10;
+
 const hasLevels = () => index.settings.rules.parents_by_level;
 
 // Its column in the forest: its level, or without levels the number of its ancestors.
@@ -87,30 +91,33 @@ function latentAddress(latent) {
   return address({ ...others, latent });
 }
 
-// Labels: kept by the browser, by the SAE's weights.
+// Labels: from a file, and those typed here, which the browser keeps by the SAE's weights.
 let labels = {};
 const labelsKey = () => `sae-tree-labels ${index.settings.source.weights}`;
 
 function readLabels() {
+  let typed;
   try {
-    labels = JSON.parse(localStorage.getItem(labelsKey())) || {};
+    typed = JSON.parse(localStorage.getItem(labelsKey()));
   } catch {
-    labels = {}; // storage is off, or holds something else
+    typed = {}; // storage is off, or holds something else
   }
+  labels = { ...index.labels, ...typed };
 }
 
 function setLabel(latent, text) {
-  if (text.trim()) labels[latent] = text.trim();
-  else delete labels[latent];
+  labels[latent] = text.trim(); // empty: a label of the file is taken away
+  const typed = Object.entries(labels).filter(([key, label]) => label !== (index.labels[key] || ""));
   try {
-    localStorage.setItem(labelsKey(), JSON.stringify(labels));
+    localStorage.setItem(labelsKey(), JSON.stringify(Object.fromEntries(typed)));
   } catch {
     // they can still be exported while the page is open
   }
 }
 
 function exportLabels() {
-  const values = { format_version: 1, sae: index.name, weights: index.settings.source.weights, labels };
+  const written = Object.fromEntries(Object.entries(labels).filter(([, label]) => label));
+  const values = { format_version: 1, sae: index.name, weights: index.settings.source.weights, labels: written };
   const url = URL.createObjectURL(new Blob([JSON.stringify(values, null, 1)], { type: "application/json" }));
   h("a", { href: url, download: "labels.json" }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);

@@ -18,7 +18,7 @@ function tests(edge, parent, child) {
     [edge.coverage >= rules.min_coverage && edge.excess_low >= rules.min_excess, "Coverage",
       `${child} fires on ${count(index.fired[child])} tokens. On ${count(edge.n_both)} of them, ${percent(edge.coverage)}, ` +
       `${parent} fires too (95 % interval: ${percent(edge.coverage_low)} to ${percent(edge.coverage_high)}). ` +
-      `On all tokens it fires on ${percent(rate)}; from there, the interval begins ${way(edge.excess_low)}.`],
+      `On all tokens ${parent} fires on ${percent(rate)}; from there, the interval begins ${way(edge.excess_low)}.`],
     [edge.nearby_excess_low >= rules.min_excess, "Not only the topic",
       edge.nearby === null ? `There are no tokens near those of ${child} where it is silent.`
         : `Near the tokens of ${child}, where ${child} is silent, ${parent} fires on ${percent(edge.nearby)}; from there, ` +
@@ -42,7 +42,12 @@ function tests(edge, parent, child) {
 function edgeRow(edge, parent, child, shown) {
   const failed = edge.passed ? [] : tests(edge, parent, child).filter(([ok]) => !ok).map(([, name]) => name.toLowerCase());
   const row = h("details", { class: `edge ${colour(shown)}`, ontoggle: () => {
-    if (row.children.length === 1) row.append(...evidence(edge, parent, child));
+    if (row.children.length > 1) return;
+    const firing = h("div", { class: "firing" });
+    row.append(firing, ...evidence(edge, parent, child));
+    if (index.has_words)
+      detailOf(shown).then((detail) => firing.append(
+        h("p", { class: "quiet" }, `Where ${shown} fires most:`), ...detail.top.slice(0, 3).map((values) => example(values, detail))), showError);
   } },
   h("summary", {}, latentLink(shown),
     failed.length ? h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`) : null,

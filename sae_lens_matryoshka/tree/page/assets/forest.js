@@ -4,13 +4,16 @@
 const ROW = 34; // pixels, as in page.css
 
 const orders = {
+  variety: { title: "variety of children", of: (latent, parent) => (parent < 0 ? variety[latent] : 2 * isDistinct[latent] + index.coverage[latent]) },
   evidence: { title: "evidence", of: (latent, parent) => (parent < 0 ? strength[latent] : index.information[latent]) },
   frequency: { title: "frequency", of: (latent) => index.fired[latent] },
   children: { title: "number of children", of: (latent) => drawnChildren[latent].length },
   number: { title: "latent number", of: (latent) => -latent },
 };
-const forest = { order: "evidence", all: false, query: "", open: new Set(), rows: [], active: -1 };
+const forest = { order: "variety", all: false, query: "", open: new Set(), rows: [], active: -1 };
 let strength; // bits that a latent's drawn edges say of its children
+let isDistinct; // whether a latent has words that neither its parent nor a stronger sibling has
+let variety; // how many such children a latent has, unless it is dense
 
 function prepareForest() {
   drawnChildren = index.fired.map(() => []);
@@ -20,10 +23,33 @@ function prepareForest() {
     drawnChildren[parent].push(latent);
     strength[parent] += index.information[latent];
   });
+  prepareVariety();
+  if (index.has_words) return;
+  delete orders.variety;
+  forest.order = "evidence";
 }
 
-function sorted(latents) {
-  const { of } = orders[forest.order];
+const lowerWords = (latent) => (index.words[latent] || []).map((word) => word.trim().toLowerCase());
+const isReadable = (word) => /\p{L}{3}|\p{Lo}/u.test(word); // three letters, or one of a script without capitals
+
+function prepareVariety() {
+  isDistinct = new Uint8Array(index.fired.length);
+  variety = new Float64Array(index.fired.length);
+  drawnChildren.forEach((children, latent) => {
+    const seen = new Set(lowerWords(latent));
+    for (const child of [...children].sort((a, b) => index.information[b] - index.information[a])) {
+      const words = lowerWords(child).slice(0, 3);
+      if (!words.length || !words.every((word) => isReadable(word) && !seen.has(word))) continue;
+      isDistinct[child] = 1;
+      words.forEach((word) => seen.add(word));
+      variety[latent]++;
+    }
+    if (isDense(latent)) variety[latent] = 0;
+    variety[latent] += strength[latent] / (1 + strength[latent]); // in [0, 1), for those of equal variety
+  });
+}
+
+function sorted(latents, { of } = orders[forest.order]) {
   return latents
     .map((latent) => [of(latent, index.parent[latent]), latent])
     .sort((a, b) => b[0] - a[0] || a[1] - b[1])
@@ -91,16 +117,18 @@ function forestView() {
   const all = h("input", { type: "checkbox", id: "all", onchange: (event) => {
     forest.all = event.target.checked;
     refreshForest();
-  } });
+  }, title: "also those without a parent and children" });
   all.checked = forest.all;
   const heads = hasLevels() ? startOfLevel.map((_, level) =>
     h("span", { class: `badge c${level % 6}`, title: levelTitle(level), style: `--column:${level}` }, level + 1)) : [];
   return h("div", { id: "forest", style: `--columns:${startOfLevel.length}` },
     h("div", { class: "tools" }, search,
       h("label", {}, "sorted by ", order),
-      h("label", {}, all, " latents without family too")),
-    h("div", { class: "row heads", "aria-hidden": "true" }, h("span", { class: "levels" }, heads),
-      h("span", { class: "cell kin" }, "children"), h("span", { class: "cell covers" }, "with parent"), h("span", { class: "cell fires" }, "fires on")),
+      h("label", {}, all, " all latents")),
+    h("div", { class: "row heads" }, h("span", { class: "levels" }, heads),
+      h("span", { class: "cell kin", title: "latents that stand under it" }, "children"),
+      h("span", { class: "cell covers", title: "on how many of its tokens its parent fires too" }, "with parent"),
+      h("span", { class: "cell fires", title: "of all tokens" }, "fires on")),
     h("div", { id: "rows", role: "tree", tabindex: "0", "aria-label": "Latents", onscroll: drawRows, onkeydown: forestKey },
       h("div", { id: "space" })),
     h("p", { id: "found", class: "quiet", role: "status" }));

@@ -25,9 +25,10 @@ async function latentView(latent) {
     hasLevels() && h("p", { class: "quiet" }, levelTitle(levelOf(latent))),
     h("p", { class: "big" }, (index.words[latent] || []).map((word) => [h("bdi", { class: "chip" }, visible(word).trim() || "␣"), " "])),
     label,
-    warnings(fired, n),
+    warnings(latent, fired),
     h("p", {}, `Fires on ${percent(fired / n)} of the tokens (${count(fired)} of ${count(n)}).`,
       fired ? ` Mean activation there ${short(detail.mean)}, largest ${short(detail.max)}.` : ""),
+    ablated(detail, fired),
     family(latent, detail),
     examples(detail),
     fired ? histogram(detail) : null,
@@ -43,12 +44,20 @@ function withoutLatent() {
   return others;
 }
 
-function warnings(fired, n) {
+// The change of the loss, if it was measured.
+function ablated({ ablation }, fired) {
+  if (ablation === undefined || !fired) return null;
+  const change = ablation === null ? "an unknown number of" : `${ablation < 0 ? "−" : "+"}${short(Math.abs(ablation))}`;
+  return h("p", { id: "ablation" }, `Ablated on one token where it fires, it would change the loss of the text that follows by ${change} nats, ` +
+    `on the mean of ${counted(fired, "token", "tokens")}. Estimated by gradient: trust its sign and order more than its size.`);
+}
+
+function warnings(latent, fired) {
   const least = index.settings.rules.min_firings;
   if (!fired) return h("p", { class: "warning" }, "Dead: it fires on none of these tokens.");
   if (fired < least)
     return h("p", { class: "warning" }, `Rare: it fires on fewer than ${least} tokens, so it was not tested for a family.`);
-  if (fired > n / 10)
+  if (isDense(latent))
     return h("p", { class: "warning" }, "Dense: it fires on more than a tenth of all tokens, as few concepts do.");
   return null;
 }
@@ -59,6 +68,9 @@ function family(latent, detail) {
   const asChild = (edge) => edgeRow(edge, latent, edge.other, edge.other);
   const passed = detail.parents.filter((value) => edgeOf(value).passed);
   const failed = detail.parents.filter((value) => !edgeOf(value).passed);
+  const children = [...detail.children].sort((a, b) => placeOf(edgeOf(b)) - placeOf(edgeOf(a)));
+  const nDrawn = children.filter((value) => edgeOf(value).strongest).length;
+  const nElsewhere = children.length - nDrawn;
   const siblings = h("div", { id: "siblings" });
   const parent = index.parent[latent];
   if (parent >= 0)
@@ -69,13 +81,17 @@ function family(latent, detail) {
     }, showError);
   return h("div", { id: "family" },
     group("Parents", "More general: where this latent fires, they mostly do too. The bar shows how often.", rows(passed, asParent)),
-    group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often.", rows(detail.children, asChild)),
+    group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often." +
+      (nElsewhere ? ` The first ${nDrawn} stand under it in the forest; the other ${nElsewhere} have a stronger parent.` : ""), rows(children, asChild)),
     siblings,
     passed.length || detail.children.length ? null
       : h("p", { class: "quiet" }, "No edge to or from this latent passed the tests."),
     failed.length ? h("details", { class: "refused" },
       h("summary", {}, `Parents that were tested and refused`), rows(failed, asParent)) : null);
 }
+
+// As the forest has them: those with words of their own first, last those that stand under another parent.
+const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * isDistinct[other] + coverage : 0);
 
 function group(title, note, rows) {
   if (!rows.length) return [];

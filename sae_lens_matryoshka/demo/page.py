@@ -1,0 +1,37 @@
+"""The demo's last part: which latents of an SAE specialise which, as a page."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sae_lens import SAE
+
+from sae_lens_matryoshka.tree import build_tree
+from sae_lens_matryoshka.tree.examples import find_examples
+from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.page import write_page
+
+
+def write_demo_page(
+    folder: Path, sae: SAE[Any], model: Any, dataset: Dataset | str, n_tokens: int, name: str
+) -> Path:
+    """Build the tree of an SAE and write its page, in place of an earlier demo's.
+
+    Args:
+        folder: Where to.
+        sae: The SAE.
+        model: Its model, as SAELens loads it.
+        dataset: Texts.
+        n_tokens: How many of their tokens to look at, at most.
+        name: What the page calls the SAE.
+
+    Returns:
+        The path of the page.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    gathered = folder / "gathered"
+    tree = build_tree(sae, model, dataset, n_tokens, folder=gathered)
+    tree.save(folder / "tree.json")
+    read = Gathered(gathered)
+    return write_page(folder, tree, read, find_examples(read), sae, model, name)
