@@ -1,11 +1,14 @@
 """`sae-matryoshka tree`: which latents of an SAE specialise which."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from sae_lens_matryoshka.cli.options import add_data, exit_on_sigterm, positive_integer
+from sae_lens_matryoshka.util.checks import invalid_option
+from sae_lens_matryoshka.util.files import check_writable
 
 
 def add_parser(commands: Any) -> None:
@@ -48,6 +51,12 @@ def add_parser(commands: Any) -> None:
         "times the whole model's pass over the texts",
     )
     add("--single-file", action="store_true", help="write the page as one file, for a small SAE")
+    add(
+        "--export",
+        nargs=2,
+        metavar=("neuronpedia", "OUT"),
+        help="write what Neuronpedia imports into the folder OUT, too",
+    )
     parser.set_defaults(run=run)
 
 
@@ -57,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a tree needs activations: give --activations or --dataset.")
     if args.ablation and not args.dataset:
         raise ValueError("--ablation needs the model and its texts: give --dataset.")
+    if args.export:
+        check_export_options(*args.export, args.dataset)
     out: Path = args.out
     others = {file.name for file in out.iterdir()} - {"labels.json"} if out.is_dir() else set()
     if others and not (out / "gathered").is_dir():  # which a tree begins with
@@ -69,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens_matryoshka.tree.ablation import ablation_of, check_ablation
     from sae_lens_matryoshka.tree.examples import find_examples
     from sae_lens_matryoshka.tree.gathered import Gathered
+    from sae_lens_matryoshka.tree.neuronpedia import check_export, export_neuronpedia
     from sae_lens_matryoshka.tree.page import write_page
     from sae_lens_matryoshka.tree.page.labels import read_labels
     from sae_lens_matryoshka.tree.page.tokens import TokenTexts
     from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
-    from sae_lens_matryoshka.util.files import check_writable
 
     check_measuring(args)
     check_writable("--out", out)
@@ -85,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         labels |= read_labels(file, sae.cfg.d_sae, fingerprint(sae))
     if args.ablation:
         check_ablation(sae)
+    if args.export:
+        check_export(sae)
     data: dict[str, Any]
     if args.activations:
         data = {"activations": open_given(args.activations, sae)}
@@ -119,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
         ablation=ablation,
         single_file=args.single_file,
     )
+    if args.export:
+        export_neuronpedia(Path(args.export[1]), tree, gathered, examples, sae, data["model"], name)
     if not tree.settings["rules"]["parents_by_level"]:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
@@ -130,3 +145,18 @@ def run(args: argparse.Namespace) -> int:
     print("\n" + ("\n".join(families) or "No edge passed."))
     print(f"\nOpen {out / 'index.html'}. Beside it are tree.json and more: docs/tree.md.")
     return 0
+
+
+def check_export_options(kind: str, out: str, dataset: str | None) -> None:
+    """Check --export before anything loads; ValueError if it is not accepted."""
+    if kind != "neuronpedia":
+        raise invalid_option("--export", kind, "neuronpedia and a folder")
+    if not dataset:
+        raise ValueError("--export neuronpedia needs the model and its texts: give --dataset.")
+    folder = Path(out)
+    check_writable("--export neuronpedia", folder)
+    if folder.exists() and any(
+        re.fullmatch(r"batch-\d+\.json|explanations\.jsonl", file.name) is None
+        for file in folder.iterdir()
+    ):
+        raise ValueError(f"{out} holds something else: give --export a new or an empty folder.")
