@@ -12,7 +12,7 @@ feature is that of its explanation.
 import json
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def export_neuronpedia(
     features = _features(tree, gathered, examples, as_inference(sae), model)
     with atomic_folder(folder) as unfinished:
         for i in tqdm(range(-(-gathered.d_sae // _BATCH)), desc="Neuronpedia", leave=False):
-            batch = [feature for feature, _ in zip(features, range(_BATCH), strict=False)]
+            batch = list(islice(features, _BATCH))
             _write(unfinished / f"batch-{i}.json", [{**head, "features": batch}])
         layer = f"{head['layer']}-{head['sae_set']}"
         explanations = (
@@ -125,9 +125,12 @@ def _features(
     activations = Activations(gathered.n_tokens)
     blocks = logit_blocks(sae, model)
     logits = chain.from_iterable(blocks) if blocks is not None else None
+    fired: dict[int, Any] = {}
     rows = sae.W_dec.detach().float().cpu()
-    fired = gathered.sorted_activations
     for latent in range(gathered.d_sae):
+        if latent % _BATCH == 0:
+            stop = min(latent + _BATCH, gathered.d_sae)
+            fired = {number: rest for number, *rest in gathered.sorted_activations(latent, stop)}
         aligned = rows[latent].topk(min(_N_ALIGNED, rows.shape[1]))
         shares = aligned.values.abs() / rows[latent].abs().sum().clamp(min=1e-12)
         feature: dict[str, Any] = {
@@ -144,7 +147,8 @@ def _features(
             **{name: [] for name in _EMPTY},
             "activations": [],
         }
-        for _, tokens, values in fired(latent, latent + 1):
+        if latent in fired:
+            tokens, values = fired[latent]
             histogram = examples.histogram[latent]
             middles = (np.arange(len(histogram)) + 0.5) / len(histogram) * values[0]
             feature["freq_hist_data_bar_values"] = _rounded(middles)

@@ -96,6 +96,18 @@ def test_without_levels_it_goes_by_frequency(capsys):
         (["sae", "--activations", "x.npy", "--out", "x.npy"], "can't be written to"),
         (["sae", "--activations", "x.npy", "--out", "sae"], "sae holds something else"),
         (["sae", "--activations", "x.npy", "--out", "site"], "site holds something else"),
+        (
+            ["sae", "--activations", "x.npy", "--out", "out", "--export", "neuronpedia", "np"],
+            "--export neuronpedia needs the model and its texts: give --dataset",
+        ),
+        (
+            ["sae", "--dataset", "y", "--out", "out", "--export", "csv", "np"],
+            "--export='csv' is not accepted: give neuronpedia and a folder",
+        ),
+        (
+            ["sae", "--dataset", "y", "--out", "out", "--export", "neuronpedia", "sae"],
+            "sae holds something else: give --export a new or an empty folder",
+        ),
         (["sae", "--activations", "none.npy", "--out", "out"], "'none.npy' is not accepted"),
         (["sae", "--activations", "x.npy", "--dataset", "y", "--out", "out"], "two ways"),
         (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "0"], "argument --tokens"),
