@@ -44,7 +44,7 @@ lint: .venv/installed-dev
 	.venv-plain/bin/python $(PIP) -e '.[dev]'
 	touch $@
 
-# The libraries whose checkpoints are read, beside the environment: see tests/peers.
+# The libraries whose files are read or written, beside the environment: see tests/peers.
 .peers/installed: tests/peers/requirements.txt .venv-plain/installed
 	rm -rf .peers
 	.venv-plain/bin/python $(PIP) --no-deps --target .peers/site -r tests/peers/requirements.txt

@@ -5,7 +5,8 @@
 Each setting runs in a process of its own on random activations, written to disk before. The SAE's
 latents fire with Zipfian rates, k per token on average, in five levels; their encoder is random, so
 that encoding costs what it does for a trained SAE. Parts are the pass over the tokens (encoding,
-codes to disk, sums), and the tests of pairs.
+codes to disk, sums), the tests of pairs, and finding the examples. Seconds of processors count
+those of both threads, and what other programs take is not among them.
 """
 
 import json
@@ -26,6 +27,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_matryoshka.levels.slicing import set_widths
 from sae_lens_matryoshka.tree.building import tree_of
+from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathering import gather
 from sae_lens_matryoshka.tree.sources import StoredActivations
 from sae_lens_matryoshka.util.markdown import markdown_table
@@ -72,19 +74,27 @@ def measure(d_sae: int, n_tokens: int, d_in: int, k: int, folder: Path) -> dict[
         )
     del rows
     sae = make_sae(d_sae, d_in, k)
-    start = time.perf_counter()
+    times = [_seconds()]
     gathered = gather(sae, StoredActivations(path, sae), folder / "gathered", n_tokens)
-    passed = time.perf_counter()
+    times.append(_seconds())
     tree = tree_of(gathered, sae)
-    end = time.perf_counter()
+    times.append(_seconds())
+    find_examples(gathered)
+    times.append(_seconds())
+    walls, cpus = np.diff(times, axis=0).T.tolist()
     return {
         "l0": float(gathered.counts.sum() / n_tokens),
-        "pass_seconds": passed - start,
-        "test_seconds": end - passed,
+        **dict(zip(("pass_seconds", "test_seconds", "example_seconds"), walls, strict=True)),
+        **dict(zip(("pass_cpu", "test_cpu", "example_cpu"), cpus, strict=True)),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "codes_gib": sum(f.stat().st_size for f in gathered.folder.iterdir()) / 2**30,
         "n_tested": tree.summary["n_tested"],
     }
+
+
+def _seconds() -> tuple[float, float]:
+    """Of the clock, and of the processor."""
+    return time.perf_counter(), time.process_time()
 
 
 def main() -> None:
@@ -113,13 +123,16 @@ def main() -> None:
             env=os.environ,
         )
         record["results"][setting] = json.loads(done.stdout.splitlines()[-1])
-    titles = ["latents", "tokens", "L0", "pass", "tests", "peak memory", "on disk", "pairs tested"]
+    titles = ["latents", "tokens", "L0", "pass", "tests", "examples", "of processors"]
+    titles += ["peak memory", "on disk", "pairs tested"]
     cells = [
         [
             *(f"{int(number):,}" for number in setting.split("x")),
             f"{r['l0']:.1f}",
             f"{r['pass_seconds']:.0f} s",
             f"{r['test_seconds']:.0f} s",
+            f"{r['example_seconds']:.0f} s",
+            f"{r['pass_cpu'] + r['test_cpu'] + r['example_cpu']:.0f} s",
             f"{r['peak_gib']:.1f} GiB",
             f"{r['codes_gib']:.1f} GiB",
             f"{r['n_tested']:,}",

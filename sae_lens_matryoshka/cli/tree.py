@@ -1,6 +1,7 @@
 """`sae-matryoshka tree`: which latents of an SAE specialise which."""
 
 import argparse
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,8 @@ from socket import socket
 from typing import Any
 
 from sae_lens_matryoshka.cli.options import add_data, exit_on_sigterm, positive_integer
+from sae_lens_matryoshka.util.checks import invalid_option
+from sae_lens_matryoshka.util.files import check_writable
 
 
 def add_parser(commands: Any) -> None:
@@ -69,6 +72,12 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="where to serve (default: %(default)s)",
     )
+    add(
+        "--export",
+        nargs=2,
+        metavar=("neuronpedia", "OUT"),
+        help="write what Neuronpedia imports into the folder OUT, too",
+    )
     parser.set_defaults(run=run)
 
 
@@ -83,24 +92,25 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--serve needs the page as a folder: leave --single-file out.")
     if args.labels and not has_data:
         raise ValueError("--labels go into a page that is written: give --dataset.")
+    if args.export:
+        check_export_options(*args.export, args.dataset)
     out: Path = args.out
-    known = {"gathered", "tree.json", "examples.safetensors", "index.html", "data", "labels.json"}
-    others = {file.name for file in out.iterdir()} - known if out.is_dir() else set()
-    if any(not name.startswith(".") for name in others):  # .data.unfinished of a killed command
+    others = {file.name for file in out.iterdir()} - {"labels.json"} if out.is_dir() else set()
+    if others and not (out / "gathered").is_dir():  # which a tree begins with
         raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
 
     from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
     from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.levels.fingerprint import fingerprint
     from sae_lens_matryoshka.tree import build_tree
     from sae_lens_matryoshka.tree.ablation import ablation_of, check_ablation
     from sae_lens_matryoshka.tree.examples import find_examples
     from sae_lens_matryoshka.tree.gathered import Gathered
-    from sae_lens_matryoshka.tree.gathering import fingerprint
+    from sae_lens_matryoshka.tree.neuronpedia import check_export, export_neuronpedia
     from sae_lens_matryoshka.tree.page import write_page
     from sae_lens_matryoshka.tree.page.labels import read_labels
     from sae_lens_matryoshka.tree.page.tokens import TokenTexts
     from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
-    from sae_lens_matryoshka.util.files import check_writable
 
     check_measuring(args)
     check_writable("--out", out)
@@ -115,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         labels |= read_labels(file, sae.cfg.d_sae, fingerprint(sae))
     if args.ablation:
         check_ablation(sae)
+    if args.export:
+        check_export(sae)
     data: dict[str, Any]
     if args.activations:
         data = {"activations": open_given(args.activations, sae)}
@@ -146,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
         ablation=ablation,
         single_file=args.single_file,
     )
+    if args.export:
+        export_neuronpedia(
+            Path(args.export[1]), tree, gathered, examples, sae, data["model"], _name(args)
+        )
     if not tree.settings["rules"]["parents_by_level"]:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
@@ -184,3 +200,18 @@ def _serve(listening: socket, args: argparse.Namespace, sae: Any, model: Any) ->
     exit_on_sigterm()
     serve(Live(args.out, sae, model, _name(args)), listening)
     return 0
+
+
+def check_export_options(kind: str, out: str, dataset: str | None) -> None:
+    """Check --export before anything loads; ValueError if it is not accepted."""
+    if kind != "neuronpedia":
+        raise invalid_option("--export", kind, "neuronpedia and a folder")
+    if not dataset:
+        raise ValueError("--export neuronpedia needs the model and its texts: give --dataset.")
+    folder = Path(out)
+    check_writable("--export neuronpedia", folder)
+    if folder.exists() and any(
+        re.fullmatch(r"batch-\d+\.json|explanations\.jsonl", file.name) is None
+        for file in folder.iterdir()
+    ):
+        raise ValueError(f"{out} holds something else: give --export a new or an empty folder.")

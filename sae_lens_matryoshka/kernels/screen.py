@@ -118,6 +118,25 @@ def select_screened(
     return settle(rows[computed], latents[computed], products, b_enc, norms, n_keep, bound)
 
 
+def products_above(
+    x: torch.Tensor, W_enc: torch.Tensor, limits: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Row, latent and value of the products x @ W_enc that exceed their latent's limit.
+
+    Some others are among them. None if more than `most` could exceed it, or sums could overflow.
+
+    Args:
+        x: (B, d_in) float32, on a CPU.
+        W_enc: (d_in, d_sae) float32, fast to read by latent: `W_enc.T` should be contiguous.
+        limits: (d_sae,).
+        most: How many products at most.
+    """
+    passing = _screen(x, W_enc, limits, most)
+    if passing is None:
+        return None
+    return passing.rows, passing.latents, _dots(x, W_enc, passing.rows, passing.latents)
+
+
 class _Passing(NamedTuple):
     """The n products x @ W_enc that could reach their latent's limit, by latent and by row."""
 

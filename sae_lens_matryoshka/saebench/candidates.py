@@ -1,7 +1,5 @@
 """Loading, naming and fingerprinting the SAEs and levels that an evaluation compares."""
 
-import hashlib
-import json
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -56,20 +54,6 @@ def load_whole(
         with suppress(NotImplementedError):  # TopK SAEs, which would choose other latents
             sae.fold_W_dec_norm()
     return sae
-
-
-def fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 of an SAE's weights, its config and where it reads which model."""
-    config = sae.cfg.to_dict()
-    metadata = config.pop("metadata", {})
-    config.pop("device", None)
-    where = {name: metadata.get(name) for name in ("model_name", "hook_name", "prepend_bos")}
-    described = json.dumps([config, where], sort_keys=True, default=str)
-    digest = hashlib.sha256(described.encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def labels(sources: Sequence[Sequence[str]], taken: Collection[str] = ()) -> list[str]:

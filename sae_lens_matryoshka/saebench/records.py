@@ -81,7 +81,7 @@ class Record(_Model):
     model_name: str  # as TransformerLens knows it, the same for all SAEs
     model_sha256: str | None = None  # of the model's files, if it is a local folder
     hook_names: dict[str, str] = {}  # label → where the SAE reads the model
-    fingerprints: dict[str, str] = {}  # label → `candidates.fingerprint` of the SAE
+    fingerprints: dict[str, str] = {}  # label → `levels.fingerprint` of the SAE
     candidates: list[Candidate] = []  # in the order of tables
     settings: dict[str, dict[str, Any]] = {}  # evaluation → fields of SAEBench's config
     not_run: dict[str, dict[str, str]] = {}  # evaluation → candidate's key → why it has no result

@@ -13,8 +13,9 @@ from sae_lens import SAE, Transcoder
 from tqdm.auto import tqdm
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from sae_lens_matryoshka.levels.fingerprint import fingerprint
 from sae_lens_matryoshka.levels.slicing import widths_of
-from sae_lens_matryoshka.saebench.candidates import fingerprint, labels, load_whole
+from sae_lens_matryoshka.saebench.candidates import labels, load_whole
 from sae_lens_matryoshka.saebench.evaluations import (
     DEFAULT_EVALUATIONS,
     EVALUATIONS,

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import sparse
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.tree.gathered import Gathered, shifted_pieces
@@ -110,8 +109,11 @@ def add_products(
     others = codes if other_shard == shard else gathered.codes(other_shard)
     of_all = others[other_start : other_start + n_rows].tocsr()
     of_parents.data, of_all.data = (np.ones(m.nnz, np.int32) for m in (of_parents, of_all))
-    product = sparse.coo_array(of_parents.T.tocsr() @ of_all)
-    n_both[product.row, product.col] += product.data
+    product = of_parents.T.tocsr() @ of_all
+    starts = product.indptr
+    for i in np.diff(starts).nonzero()[0].tolist():
+        own = slice(starts[i], starts[i + 1])  # a row at a time stays in the processor's cache
+        n_both[i, product.indices[own]] += product.data[own]
 
 
 def coverage_interval(

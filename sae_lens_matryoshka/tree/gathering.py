@@ -1,5 +1,6 @@
 """One pass over the tokens: every shard is encoded, summed up and written, and the pass resumes."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +14,10 @@ from sae_lens import SAE, TrainingSAE
 from safetensors.numpy import load_file, save
 from scipy import sparse
 from tqdm.auto import tqdm
-from xxhash import xxh3_64
 
+from sae_lens_matryoshka.levels.fingerprint import fingerprint
 from sae_lens_matryoshka.levels.slicing import truncate
+from sae_lens_matryoshka.tree.encoding import Encoder
 from sae_lens_matryoshka.tree.gathered import (
     INDEX_FILENAME,
     Gathered,
@@ -28,21 +30,14 @@ from sae_lens_matryoshka.tree.gathered import (
 from sae_lens_matryoshka.tree.sources import Batch, Source, rows_per_shard
 from sae_lens_matryoshka.util.files import atomic_file, check_writable
 
-_CHUNK_ELEMENTS = 2**25  # of the dense codes that are computed at a time
-
 
 def as_inference(sae: SAE[Any]) -> SAE[Any]:
     """The SAE as it is saved, taking heads of hook_z flattened."""
     if isinstance(sae, TrainingSAE):
         sae = truncate(sae, sae.cfg.d_sae)
+    sae = copy.copy(sae)  # shares the weights; the caller's goes on taking heads
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae
-
-
-def fingerprint(sae: SAE[Any]) -> str:
-    """A hash of the decoder, by which SAEs are told apart."""
-    weights = sae.W_dec.detach().cpu().contiguous().view(torch.uint8)
-    return xxh3_64(weights.numpy().data).hexdigest()
 
 
 @torch.no_grad()
@@ -66,6 +61,7 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         return Gathered(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index.write(folder)  # first: a folder with files but no index is refused
+    encoder = Encoder(sae)
     batches = source.batches(sum(shard.n_batches for shard in index.shards))
     n_before = sum(shard.n_rows for shard in index.shards)
     with tqdm(
@@ -81,7 +77,7 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
             shard = _read(batches, min(n_left, rows_per_shard(n_tokens, cfg.d_in)), n_left)
             if not shard:
                 break
-            index = _add_shard(sae, folder, index, shard, bar)
+            index = _add_shard(encoder, folder, index, shard, bar)
             n_left -= index.shards[-1].n_rows
     if not index.shards:
         raise ValueError("there are no activations to build a tree from.")
@@ -97,7 +93,7 @@ def _index_of(folder: Path, wanted: Index) -> Index:
         for name, value in wanted.settings.items():
             before = written.settings.get(name)
             if before != value:
-                what = "other SAE" if name == "weights" else f"{name}={before!r}, not {value!r}"
+                what = "another SAE" if name == "weights" else f"{name}={before!r}, not {value!r}"
                 raise ValueError(f"{folder} was gathered with {what}: give another folder.")
         return written
     if folder.is_dir() and any(folder.iterdir()):
@@ -119,11 +115,13 @@ def _read(batches: Iterator[Batch], n_rows: int, n_most: int) -> list[Batch]:
     return read if n_read else []
 
 
-def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], bar: Any) -> Index:
+def _add_shard(
+    encoder: Encoder, folder: Path, index: Index, batches: list[Batch], bar: Any
+) -> Index:
     """Encode batches, and write their codes, the new sums, and last the index."""
     x, codes = torch.cat([batch.x for batch in batches]), []
-    for rows in x.split(max(1, _CHUNK_ELEMENTS // index.d_sae)):
-        codes.append(encode(sae, rows))
+    for rows in x.split(encoder.n_rows):
+        codes.append(encoder(rows))
         bar.update(len(rows))
     shard = cast(SparseArray, sparse.vstack(codes, format="csc"))
     shard.sort_indices()
@@ -157,17 +155,6 @@ def _add_shard(sae: SAE[Any], folder: Path, index: Index, batches: list[Batch], 
             "command resumes after them."
         ) from error
     return grown
-
-
-@torch.no_grad()
-def encode(sae: SAE[Any], x: Float[torch.Tensor, "rows d_in"]) -> sparse.csr_array:
-    """The codes of activations, sparse, (rows, d_sae)."""
-    acts = sae.encode(x.to(sae.device, sae.dtype))
-    if acts.layout is torch.strided:
-        acts = acts.to_sparse()
-    acts = acts.coalesce().cpu()
-    values = acts.values().float().numpy()
-    return sparse.csr_array((values, acts.indices().numpy()), shape=tuple(acts.shape))
 
 
 def _new_sums(

@@ -94,6 +94,19 @@ def test_without_levels_it_goes_by_frequency(capsys):
         (["sae", "--out", "out"], "a tree needs activations: give --activations or --dataset"),
         (["sae", "--activations", "x.npy", "--out", "x.npy"], "can't be written to"),
         (["sae", "--activations", "x.npy", "--out", "sae"], "sae holds something else"),
+        (["sae", "--activations", "x.npy", "--out", "site"], "site holds something else"),
+        (
+            ["sae", "--activations", "x.npy", "--out", "out", "--export", "neuronpedia", "np"],
+            "--export neuronpedia needs the model and its texts: give --dataset",
+        ),
+        (
+            ["sae", "--dataset", "y", "--out", "out", "--export", "csv", "np"],
+            "--export='csv' is not accepted: give neuronpedia and a folder",
+        ),
+        (
+            ["sae", "--dataset", "y", "--out", "out", "--export", "neuronpedia", "sae"],
+            "sae holds something else: give --export a new or an empty folder",
+        ),
         (["sae", "--activations", "none.npy", "--out", "out"], "'none.npy' is not accepted"),
         (["sae", "--activations", "x.npy", "--dataset", "y", "--out", "out"], "two ways"),
         (["sae", "--activations", "x.npy", "--out", "out", "--tokens", "0"], "argument --tokens"),
@@ -111,6 +124,8 @@ def test_without_levels_it_goes_by_frequency(capsys):
 )
 def test_mistakes(words: list[str], message: str, refusal: Refusal):
     np.save("wide.npy", torch.zeros(600, D_IN + 1).numpy())
+    Path("site/data").mkdir(parents=True)  # whose names are those of a page
+    Path("site/index.html").write_text("")
     normed = exact_sae(8)
     normed.cfg.normalize_activations = "layer_norm"
     normed.save_model("normed")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_matryoshka.hub.load import load_sae
-from sae_lens_matryoshka.saebench.candidates import fingerprint, labels
+from sae_lens_matryoshka.levels.fingerprint import fingerprint
+from sae_lens_matryoshka.saebench.candidates import labels
 from sae_lens_matryoshka.saebench.evaluations import EVALUATIONS
 from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.saebench.scores import (

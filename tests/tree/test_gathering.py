@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_matryoshka.tree import build_tree, gathering
+from sae_lens_matryoshka.tree.encoding import Encoder
 from sae_lens_matryoshka.tree.gathered import Gathered, shifted_pieces
 from sae_lens_matryoshka.tree.gathering import gather
 from sae_lens_matryoshka.tree.sources import StoredActivations
+from tests.levels.test_stats import jumprelu
 from tests.tree.worlds import exact_sae, small_world
 
 N_TOKENS, ROWS, N_SHARDS = 9000, 768, 12  # three blocks in each shard, and 552 rows in the last
@@ -83,8 +86,8 @@ def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
         Gathered(tmp_path / "g")
     monkeypatch.setattr(gathering, "_write", write)
     encoded = []
-    encode = gathering.encode
-    monkeypatch.setattr(gathering, "encode", lambda *args: encoded.append(1) or encode(*args))
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda *args: encoded.append(1) or encode(*args))
     again = gathered_in(tmp_path / "g", x)
     assert len(encoded) == N_SHARDS - n_written // 2
     assert again.index == whole.index
@@ -124,8 +127,29 @@ def test_other_folders_are_refused(x, tmp_path):
     build_tree(exact_sae(8), activations=x, folder=tmp_path / "g")
     with pytest.raises(ValueError, match="gathered with n_rows=9000, not 8000: give another"):
         build_tree(exact_sae(8), activations=x[:8000], folder=tmp_path / "g")
+
+
+@pytest.mark.parametrize("changed", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold", "config"])
+def test_another_sae_is_refused(changed, x, tmp_path):
+    gathered_in(tmp_path / "g", x)
     other = exact_sae(8)
-    with torch.no_grad():
-        other.W_dec.mul_(2)
-    with pytest.raises(ValueError, match="gathered with other SAE: give another folder"):
-        build_tree(other, activations=x, folder=tmp_path / "g")
+    if changed == "config":
+        other.cfg.apply_b_dec_to_input = True
+    else:
+        with torch.no_grad():
+            getattr(other, changed).add_(1)
+    message = "gathered with another SAE: give another folder"
+    with pytest.raises(ValueError, match=message):
+        gather(other, StoredActivations(x, other), tmp_path / "g", len(x))
+
+
+def test_the_callers_sae_stays_as_it_was():
+    metadata = SAEMetadata(hook_name="blocks.0.attn.hook_z")
+    sae = jumprelu(12, [4, 8], reshape_activations="hook_z", metadata=metadata)
+    attributes = dict(vars(sae))
+    weights = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    build_tree(sae, activations=torch.randn(3000, 12))
+    assert sae.hook_z_reshaping_mode
+    assert vars(sae) == attributes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in sae.state_dict().items())
+    assert sae.encode(torch.randn(5, 3, 4)).shape == (5, 8)

@@ -8,7 +8,7 @@ from sae_lens import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from sae_lens_matryoshka.levels.slicing import decode_levels
-from sae_lens_matryoshka.tree.gathering import encode
+from sae_lens_matryoshka.tree.encoding import encode
 from sae_lens_matryoshka.tree.page.corpus import Corpus
 from sae_lens_matryoshka.tree.page.numbers import rounded
 from sae_lens_matryoshka.tree.page.tokens import TokenTexts

@@ -1,5 +1,6 @@
 """What the weights say of latents: the tokens they promote, and their nearest neighbours."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,33 @@ def logit_lens(sae: SAE[Any], model: Any, n: int = 10) -> LogitLens | None:
         n: How many tokens of each kind.
 
     Returns:
-        None if the model has no unembedding or final norm that is known, or the SAE's activations
-        are not of the residual stream.
+        None where `logit_blocks` is.
+    """
+    blocks = logit_blocks(sae, model)
+    if blocks is None:
+        return None
+    found_blocks = []
+    for logits in blocks:
+        mean, std = logits.mean(1, keepdim=True), logits.std(1, keepdim=True)
+        logits = (logits - mean) / std.clamp(min=1e-12)
+        k = min(n, logits.shape[1])
+        up, down = logits.topk(k), logits.topk(k, largest=False)
+        found_blocks.append((up.values, up.indices, down.values, down.indices))
+    up_values, up_tokens, down_values, down_tokens = (
+        torch.cat(parts).cpu() for parts in zip(*found_blocks, strict=True)
+    )
+    return LogitLens(Nearest(up_values, up_tokens), Nearest(down_values, down_tokens))
+
+
+@torch.no_grad()
+def logit_blocks(
+    sae: SAE[Any], model: Any
+) -> Iterator[Float[torch.Tensor, "latents vocabulary"]] | None:
+    """The effect of decoder rows on the logits, by the final norm's scale and the unembedding.
+
+    Returns:
+        The effects of some latents at a time, in order. None if the model has no unembedding or
+        final norm that is known, or the SAE's activations are not of the residual stream.
     """
     hook = sae.cfg.metadata.hook_name or ""
     found = _unembedding(model)
@@ -55,19 +81,8 @@ def logit_lens(sae: SAE[Any], model: Any, n: int = 10) -> LogitLens | None:
     if is_centred:  # a LayerNorm takes the mean away
         rows = rows - rows.mean(1, keepdim=True)
     rows = rows * scale.detach().float().to(sae.device)
-    n = min(n, W_U.shape[1])
-    found_blocks = []
     blocks = rows.split(max(1, _BLOCK_ELEMENTS // W_U.shape[1]))
-    for block in tqdm(blocks, desc="Promoted tokens", leave=False):
-        logits = block @ W_U
-        mean, std = logits.mean(1, keepdim=True), logits.std(1, keepdim=True)
-        logits = (logits - mean) / std.clamp(min=1e-12)
-        up, down = logits.topk(n), logits.topk(n, largest=False)
-        found_blocks.append((up.values, up.indices, down.values, down.indices))
-    up_values, up_tokens, down_values, down_tokens = (
-        torch.cat(parts).cpu() for parts in zip(*found_blocks, strict=True)
-    )
-    return LogitLens(Nearest(up_values, up_tokens), Nearest(down_values, down_tokens))
+    return (block @ W_U for block in tqdm(blocks, desc="Promoted tokens", leave=False))
 
 
 @torch.no_grad()
