@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if args.labels and not has_data:
         raise ValueError("--labels go into a page that is written: give --dataset.")
     if args.export:
-        check_export_options(*args.export, args.dataset)
+        kind, folder = args.export
+        check_export_options(kind, folder, args.dataset)
     out: Path = args.out
     others = {file.name for file in out.iterdir()} - {"labels.json"} if out.is_dir() else set()
     if others and not (out / "gathered").is_dir():  # which a tree begins with
