@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.ablation and not args.dataset:
         raise ValueError("--ablation needs the model and its texts: give --dataset.")
     if args.export:
-        check_export_options(*args.export, args.dataset)
+        kind, folder = args.export
+        check_export_options(kind, folder, args.dataset)
     out: Path = args.out
     others = {file.name for file in out.iterdir()} - {"labels.json"} if out.is_dir() else set()
     if others and not (out / "gathered").is_dir():  # which a tree begins with
