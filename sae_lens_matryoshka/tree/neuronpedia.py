@@ -115,7 +115,7 @@ def description(tree: Tree, latent: int) -> str:
     ]
     if not named:
         return ""
-    return "; ".join([f"level {tree.latents['level'].to_numpy()[latent] + 1}", *named])
+    return "; ".join([f"level {tree.latents['level'].tolist()[latent] + 1}", *named])
 
 
 def _features(
@@ -126,8 +126,8 @@ def _features(
     blocks = logit_blocks(sae, model)
     logits = chain.from_iterable(blocks) if blocks is not None else None
     fired: dict[int, Any] = {}
+    densities = tree.latents["density"].tolist()
     rows = sae.W_dec.detach().float().cpu()
-    densities = tree.latents["density"].to_numpy()
     for latent in range(gathered.d_sae):
         if latent % _BATCH == 0:
             stop = min(latent + _BATCH, gathered.d_sae)
@@ -140,7 +140,7 @@ def _features(
             "neuron_alignment_values": _rounded(aligned.values),
             "neuron_alignment_l1": _rounded(shares),
             **_of_logits(next(logits) if logits is not None else None, text_of),
-            "frac_nonzero": float(densities[latent]),
+            "frac_nonzero": densities[latent],
             **{name: [] for name in ("freq_hist_data_bar_values", "freq_hist_data_bar_heights")},
             "n_prompts_total": len(corpus.contexts),
             "n_tokens_in_prompt": corpus.contexts.shape[1],

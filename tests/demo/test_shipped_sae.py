@@ -1,5 +1,8 @@
 """The SAE that comes with the package."""
 
+import re
+from typing import Any
+
 import torch
 from sae_lens import SAE
 
@@ -27,7 +30,11 @@ def test_it_loads_with_plain_saelens() -> None:
 
 def test_its_card_shows_how_to_load_it() -> None:
     card = (SAE_FOLDER / "README.md").read_text()
-    folder = f"sae_lens_matryoshka/demo/{SAE_FOLDER.name}"
-    assert f'SAE.load_from_disk("{folder}")' in card
-    assert f'load_sae("{folder}")' in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["sae"].cfg.d_sae == WIDTHS[-1]
+    assert names["second_level"].cfg.d_sae == WIDTHS[1]
     assert all(f"| {width} |" in card for width in WIDTHS)

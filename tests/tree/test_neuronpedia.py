@@ -90,9 +90,10 @@ def test_activations_are_those_of_the_texts(exported: Exported) -> None:
         own = shown["qualifying_token_index"]
         assert shown["tokens"][own] == VOCABULARY[corpus.ids(np.array([row]))[0]]
         assert shown["values"][own] == pytest.approx(codes[row, GRANDCHILD], abs=1e-3)
-        assert len(shown["tokens"]) == len(shown["values"]) == CONTEXT  # of which 18 are shown
+        n = len(shown["tokens"])
+        assert own < n == len(shown["values"]) <= CONTEXT
         assert shown["bin_max"] == pytest.approx(codes[:, GRANDCHILD].max(), abs=1e-3)
-        beside = corpus.row_at_place[corpus.place_of_row[row] - own + np.arange(CONTEXT)]
+        beside = corpus.row_at_place[corpus.place_of_row[row] - own + np.arange(n)]
         expected = np.where(beside >= 0, codes[beside, GRANDCHILD], 0)
         np.testing.assert_allclose(shown["values"], expected, atol=1e-3)
     others = [a for a in activations if a["bin_contains"] != -1]
