@@ -218,7 +218,9 @@ def _shown(
 
 
 def _layer(hook_name: str | None) -> int | None:
-    found = re.search(r"\.(\d+)\.", hook_name or "")
+    found = re.search(
+        r"\.(\d+)(?:\.|$)", hook_name or ""
+    )  # blocks.7.hook_resid_post, model.layers.7
     return int(found[1]) if found else None
 
 

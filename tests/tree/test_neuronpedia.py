@@ -141,5 +141,12 @@ def test_an_sae_without_a_layer() -> None:
         neuronpedia.check_export(exact_sae(8))
 
 
+def test_an_sae_of_a_layer_of_transformers() -> None:
+    sae = exact_sae(8)
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = "model.layers.7", "tiny"
+    neuronpedia.check_export(sae)
+    assert neuronpedia._layer("model.layers.7") == neuronpedia._layer("blocks.7.hook_z") == 7
+
+
 def _n(exported: Exported) -> int:
     return len(exported.gathered.index.shards)
