@@ -107,5 +107,5 @@ def tuning_arms() -> list[Arm]:
 def evaluated_widths(arm: Arm, evaluation: str) -> list[int]:
     """The widths of the levels that SAEBench runs on: mostly the whole SAE alone."""
     has_levels = arm.recipe in ("matryoshka", "recommended") and evaluation == "absorption"
-    is_default = arm == Arm(arm.recipe, arm.k, arm.seed)
+    is_default = arm == Arm(arm.recipe, 24, arm.seed)
     return paper_widths(arm.d_sae) if has_levels and is_default else [arm.d_sae]

@@ -48,13 +48,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # 3,750 steps of the probe that looks for each letter's latents. In SAEBench's batches of 4,096
     # so few words make 100, and it misses the latents of some letters.
     "absorption": {"n_words": 12_000, "k_sparse_probe_batch_size": 128},
-    "sparse_probing_sae_probes": {"dataset_names": PROBED},
     "meta_structure": {},
     "core": {
         "dataset": "texts/held_out",
         "n_eval_reconstruction_batches": 8,  # of 16 contexts of 128 tokens
         "n_eval_sparsity_variance_batches": 8,
     },
+    "sparse_probing_sae_probes": {"dataset_names": PROBED},  # last, since it takes longest
 }
 _N_HELD_OUT = 200_000  # activations that L0 and variance explained are measured on
 _SHARE_OF_DECAY = 0.2  # of the steps, at whose end the learning rate falls to 0
