@@ -17,6 +17,7 @@ from sae_lens import SAE
 
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.demo.real_text import SAE_FOLDER
+from sae_lens_matryoshka.hub.load import SHIPPED
 from sae_lens_matryoshka.util.files import atomic_folder
 
 REPO_ID = "sae-lens-matryoshka/smollm2-135m-instruct"  # in the card; nothing is uploaded
@@ -59,9 +60,8 @@ def _loaded_from_disk(card: str) -> str:
     imported = "from sae_lens_matryoshka.demo.real_text import SAE_FOLDER"
     for old, new in (
         ("from sae_lens import SAE\n", f"from sae_lens import SAE\n{imported}\n"),
-        ("from sae_lens_matryoshka.levels", f"{imported}\nfrom sae_lens_matryoshka.levels"),
         (f'SAE.from_pretrained("{REPO_ID}", "sae")', "SAE.load_from_disk(SAE_FOLDER)"),
-        (f'load_sae("{REPO_ID}", "sae")', "load_sae(SAE_FOLDER)"),
+        (f'load_sae("{REPO_ID}", "sae")', f'load_sae("{SHIPPED}")'),
         ("datasets:\n- texts/train\n", ""),  # a name that the Hub would link
         ("texts/train", "the training texts of `make smollm2`"),
     ):

@@ -51,6 +51,8 @@ _FROM_READMES = {
     "chanind/gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60": (_CHANIND_WIDTHS, 60),
     "chanind/gemma-3-1b-batch-topk-matryoshka-saes-w-32k-l0-40": (_CHANIND_WIDTHS, 40),
 }
+SHIPPED = "smollm2-135m-matryoshka"  # the SAE that comes with the package
+_SHIPPED_FOLDER = Path(__file__).parents[1] / "demo" / "smollm2_sae"
 
 
 def load_sae(
@@ -70,6 +72,7 @@ def load_sae(
 
     Args:
         release_or_dir: A folder; with `sae_id`, a release of SAELens or a repository on the Hub.
+            "smollm2-135m-matryoshka" is the SAE that comes with this package.
         sae_id: The SAE's id in the release, or its folder in the repository.
         matryoshka_widths: Level widths, for an SAE that has none or to replace them.
         device: Device of the weights.
@@ -89,12 +92,14 @@ def load_sae(
     if dtype is not None:
         options["dtype"] = dtype
     if sae_id is None:
-        repo_id, sae = None, _from_folder(Path(release_or_dir), options)
+        folder = Path(release_or_dir)
+        is_shipped = str(folder) == SHIPPED and not folder.is_dir()
+        repo_id, sae = None, _from_folder(_SHIPPED_FOLDER if is_shipped else folder, options)
     else:
         release, sae_id = str(release_or_dir), sae_id.strip("/")
-        repo_id, folder = repo_and_folder(release, sae_id)
+        repo_id, in_repo = repo_and_folder(release, sae_id)
         with _built_in_errors(repo_id, sae_id):
-            sae = _from_hub(release, sae_id, repo_id, folder, options)
+            sae = _from_hub(release, sae_id, repo_id, in_repo, options)
     if matryoshka_widths is not None:
         set_widths(sae, matryoshka_widths)
     elif repo_id in _FROM_READMES:
@@ -132,7 +137,7 @@ def _missing_folder_message(path: Path) -> str:
     if known is not None:
         return f"The release {str(path)!r} needs an SAE's id as well{_near('', known.saes_map)}"
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, [*beside, *_known_releases()], cutoff=0.7)
+    hint = did_you_mean(path.name, [*beside, SHIPPED, *_known_releases()], cutoff=0.7)
     return f"There is no folder {str(path)!r}; to load from the Hub, give an SAE's id as well{hint}"
 
 

@@ -1,8 +1,10 @@
 """The SAE that comes with the package."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sae_lens import SAE
 
@@ -26,6 +28,17 @@ def test_it_loads_with_plain_saelens() -> None:
     assert [level.cfg.d_sae for level in levels(ours)] == WIDTHS
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, ours.state_dict()[name])
+
+
+def test_it_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, of_folder = load_sae("smollm2-135m-matryoshka"), load_sae(SAE_FOLDER)
+    assert torch.equal(named.W_dec, of_folder.W_dec)
+    with pytest.raises(ValueError, match="did you mean smollm2-135m-matryoshka"):
+        load_sae("smollm2-135-matryoshka")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m-matryoshka").mkdir()  # a folder of that name is what is meant
+    with pytest.raises(ValueError, match="holds no SAE"):
+        load_sae("smollm2-135m-matryoshka")
 
 
 def test_its_card_shows_how_to_load_it() -> None:
