@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
@@ -32,6 +33,7 @@ COLUMNS = {
     "dead": ("n_dead", 0),
     "absorption, full": (f"{_ABSORPTION}mean_full_absorption_score", 3),
     "full, by words": (f"{_ABSORPTION}by_words", 3),
+    "full, letters found": (f"{_ABSORPTION}of_found_letters", 3),
     "absorption, fraction": (f"{_ABSORPTION}mean_absorption_fraction_score", 3),
     "latents per letter": (f"{_ABSORPTION}mean_num_split_features", 2),
     "probing, top 1": (f"{_PROBES}1_test_auc", 3),
@@ -40,7 +42,11 @@ COLUMNS = {
     "CE loss score": ("core.model_performance_preservation.ce_loss_score", 3),
     "max cosine": ("max_cosine", 3),
 }
-ABSORPTION = ("absorption, full", "full, by words", "absorption, fraction", "latents per letter")
+ABSORPTION = (
+    *("absorption, full", "full, by words", "full, letters found"),
+    *("absorption, fraction", "latents per letter"),
+)
+_FOUND = 0.1  # of a letter's words have to activate the latent that SAEBench took for it
 SCORES = ("L0", "variance expl.", *ABSORPTION)
 
 
@@ -80,6 +86,15 @@ class Results:
             letters = known["letters"].values()
             n_words = sum(letter["num_probe_true_positives"] for letter in letters)
             return sum(letter["num_full_absorption"] for letter in letters) / n_words
+        if rest == "mean.of_found_letters":
+            letters = known["letters"].values()
+            if any("recall" not in letter for letter in letters):
+                return None
+            return fmean(
+                letter["num_full_absorption"] / letter["num_probe_true_positives"]
+                for letter in letters
+                if letter["recall"] >= _FOUND
+            )
         for key in rest.split("."):
             known = known[key]
         return known

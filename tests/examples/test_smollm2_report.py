@@ -19,8 +19,8 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
     saebench: dict[str, Any] = {}
     if full:
         letters = {
-            letter: {"num_full_absorption": n, "num_probe_true_positives": words}
-            for letter, n, words in zip("ab", full, (10, 90), strict=True)
+            letter: {"num_full_absorption": n, "num_probe_true_positives": words, "recall": recall}
+            for letter, n, words, recall in zip("ab", full, (10, 90), (0.02, 0.7), strict=True)
         }
         rate = (full[0] / 10 + full[1] / 90) / 2
         scores = {"mean_full_absorption_score": rate}
@@ -61,6 +61,8 @@ def test_absorption_by_words_and_by_letters(tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert results.value(arm, "absorption, full") == pytest.approx(0.3)
     assert results.value(arm, "full, by words") == pytest.approx(0.14)
+    # the latent that was taken for "a" fires on 2 % of its words
+    assert results.value(arm, "full, letters found") == pytest.approx(0.1)
     assert results.value(arm, "probing, top 1") is None
 
 
