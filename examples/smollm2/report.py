@@ -41,10 +41,22 @@ COLUMNS = {
     "meta-SAE variance": ("meta_structure.meta_structure.decoder_fraction_variance_explained", 3),
     "CE loss score": ("core.model_performance_preservation.ce_loss_score", 3),
     "max cosine": ("max_cosine", 3),
+    # of the tree whose parents are any more frequent latents, as in an SAE without levels
+    "pairs tested": ("tree.frequency.n_tested", 0),
+    "edges": ("tree.frequency.n_passed", 0),
+    "edges by level": ("tree.level.n_passed", 0),
+    "latents with a parent": ("tree.frequency.n_children", 0),
+    "families": ("tree.frequency.n_families", 0),
+    "coverage ≥ 0.9": ("tree.frequency.n_covered", 0),
+    "shifted: passed": ("tree.frequency.n_shifted_passed", 0),
 }
 ABSORPTION = (
     *("absorption, full", "full, by words", "full, letters found"),
     *("absorption, fraction", "latents per letter"),
+)
+TREES = (
+    *("pairs tested", "edges", "edges by level", "latents with a parent", "families"),
+    *("coverage ≥ 0.9", "shifted: passed"),
 )
 _FOUND = 0.1  # of a letter's words have to activate the latent that SAEBench took for it
 SCORES = ("L0", "variance expl.", *ABSORPTION)
@@ -79,6 +91,9 @@ class Results:
         if not rest:
             of_width = [level for level in result.get("levels", []) if level["width"] == width]
             return of_width[0][path] if of_width else None
+        if evaluation == "tree":
+            rule, _, number = rest.partition(".")
+            return result.get("tree", {}).get(rule, {}).get(number)
         known = result.get("saebench", {}).get(evaluation, {}).get("widths", {}).get(str(width))
         if known is None:
             return None
@@ -201,6 +216,7 @@ def tables(results: Results) -> dict[str, str]:
         "differences": differences(results, ("variance expl.", *ABSORPTION, *others[:2])),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
+        "trees": table(results, "SAE", main, TREES),
         "variants": table(
             results, "SAE", whole((r, Arm(r, 24, 0)) for r in VARIANTS), (*SCORES, "dead")
         ),

@@ -1,6 +1,6 @@
-"""The experiment on SmolLM2: train each SAE, measure its levels, run SAEBench on them.
+"""The experiment on SmolLM2: train each SAE, measure its levels, build its tree, run SAEBench.
 
-    python -m examples.smollm2.run [--arms PATTERN …] [--steps train evaluate]
+    python -m examples.smollm2.run [--arms PATTERN …] [--steps train tree evaluate]
 
 It runs the commands of `sae-matryoshka` in the folder that `make smollm2` fills, and writes a JSON
 file for each SAE to docs/results/smollm2. What a file holds is not computed again; a stopped
@@ -35,6 +35,7 @@ from examples.smollm2.arms import (
     evaluated_widths,
     tuning_arms,
 )
+from examples.smollm2.trees import count_edges
 from sae_lens_matryoshka.saebench.evaluations import read_result, result_file
 from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.util.files import atomic_file
@@ -74,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
     parser.add_argument("--arms", nargs="+", default=["*"], metavar="PATTERN", help="default: '*'")
     parser.add_argument(
-        "--steps", nargs="+", choices=("train", "evaluate"), default=["train", "evaluate"]
+        "--steps",
+        nargs="+",
+        choices=("train", "tree", "evaluate"),
+        default=["train", "tree", "evaluate"],
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
@@ -90,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "train" in args.steps:
             for arm in arms:
                 experiment.train(arm)
+        if "tree" in args.steps:
+            for arm in arms:
+                experiment.build_tree(arm)
         if "evaluate" in args.steps and not experiment.evaluate(arms):
             print("error: some evaluations gave no result; see above.", file=sys.stderr)
             return 1
@@ -159,6 +166,12 @@ class Experiment:
         levels = json.loads(measured.read_text())["levels"]
         measured.unlink()
         self._add(arm, {"levels": levels})
+
+    def build_tree(self, arm: Arm) -> None:
+        """Count the edges of an SAE's tree on held-out activations, if it is trained."""
+        if self._is_trained(arm) and "tree" not in self.result(arm):
+            held_out = self._cached(arm.layer, "held_out", _N_HELD_OUT)
+            self._add(arm, {"tree": count_edges(self._sae(arm), held_out)})
 
     def evaluate(self, arms: Iterable[Arm]) -> bool:
         """Run SAEBench on those SAEs that are trained, where results are missing.
