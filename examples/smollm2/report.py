@@ -54,6 +54,10 @@ ABSORPTION = (
     *("absorption, full", "full, by words", "full, letters found"),
     *("absorption, fraction", "latents per letter"),
 )
+DIFFERENCES = (
+    *("variance expl.", "absorption, full", "full, letters found", "absorption, fraction"),
+    *("latents per letter", "probing, top 1", "meta-SAE variance", "max cosine"),
+)
 TREES = (
     *("pairs tested", "edges", "edges by level", "latents with a parent", "families"),
     *("coverage ≥ 0.9", "shifted: passed"),
@@ -213,7 +217,7 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "main": table(results, "SAE", main, SCORES),
         "others": table(results, "SAE", main, others),
-        "differences": differences(results, ("variance expl.", *ABSORPTION, *others[:2])),
+        "differences": differences(results, DIFFERENCES),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
         "trees": table(results, "SAE", main, TREES),
