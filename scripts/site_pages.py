@@ -53,7 +53,7 @@ def relinked(markdown: str, source: Path, uri: str, repo_url: str | None) -> str
             return f"[{label}]({os.path.relpath(in_site, os.path.dirname(uri) or '.')}{anchor})"
         name = path.relative_to(ROOT).as_posix()
         if repo_url is None:
-            return f"{label} (`{name}`)"
+            return f"`{name}`" if name.endswith(label) else f"{label} (`{name}`)"
         return f"[{label}]({repo_url.rstrip('/')}/blob/{_BRANCH}/{name}{anchor})"
 
     return _LINK.sub(link, markdown)

@@ -43,6 +43,6 @@ def test_links(source: Path, uri: str, link: str, expected: str) -> None:
 
 
 def test_without_a_repository_the_path_remains() -> None:
-    text = "[tests](../tests/peers) and [levels](levels.md)"
-    expected = "tests (`tests/peers`) and [levels](levels.md)"
+    text = "[a](../tests/peers), [peers](../tests/peers) and [levels](levels.md)"
+    expected = "a (`tests/peers`), `tests/peers` and [levels](levels.md)"
     assert relinked(text, DOCS / "tree.md", "tree.md", None) == expected
