@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-plain test-evals lint
+.PHONY: demo smollm2 test test-plain test-evals lint docs
 
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
@@ -29,13 +29,18 @@ lint: .venv/installed-dev
 	.venv/bin/lint-imports
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
+# The site, in build/site; REPO_URL=URL links to the files of the repository there. The variable
+# silences an announcement of the theme's authors, which would look like a warning of the build.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) -e '.[eval,smollm2]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/python $(PIP) -e '.[eval,smollm2,dev]'
+	.venv/bin/python $(PIP) -e '.[eval,smollm2,dev,docs]'
 	touch $@
 
 # SAEBench asks for older libraries than SAELens takes alone.
