@@ -1,4 +1,4 @@
-"""The demo's last part: which latents of an SAE specialise which, as a page."""
+"""Which latents of an SAE specialise which, as a page and in a few lines."""
 
 import shutil
 from pathlib import Path
@@ -11,11 +11,15 @@ from sae_lens_matryoshka.tree import build_tree
 from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.page import write_page
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
+from sae_lens_matryoshka.tree.report import family_lines, words_of
+
+_N_FAMILIES, _N_CHILDREN = 2, 2  # in the lines
 
 
 def write_demo_page(
     folder: Path, sae: SAE[Any], model: Any, dataset: Dataset | str, n_tokens: int, name: str
-) -> Path:
+) -> list[str]:
     """Build the tree of an SAE and write its page, in place of an earlier demo's.
 
     Args:
@@ -27,11 +31,14 @@ def write_demo_page(
         name: What the page calls the SAE.
 
     Returns:
-        The path of the page.
+        The families that say most, as lines.
     """
     shutil.rmtree(folder, ignore_errors=True)
     gathered = folder / "gathered"
     tree = build_tree(sae, model, dataset, n_tokens, folder=gathered)
     tree.save(folder / "tree.json")
     read = Gathered(gathered)
-    return write_page(folder, tree, read, find_examples(read), sae, model, name)
+    examples = find_examples(read)
+    write_page(folder, tree, read, examples, sae, model, name)
+    words = words_of(read, examples, TokenTexts(model.tokenizer))
+    return family_lines(tree, words, _N_FAMILIES, _N_CHILDREN)

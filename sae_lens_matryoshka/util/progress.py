@@ -6,7 +6,6 @@ from typing import Any
 from tqdm.std import tqdm
 
 SECONDS = 300  # between two lines of one bar
-_display, _close = tqdm.display, tqdm.close
 
 
 def print_bars_as_lines() -> None:
@@ -18,9 +17,12 @@ def print_bars_as_lines() -> None:
     tqdm.display, tqdm.close = _display_line, _close_silently
 
 
-def _display_line(bar: Any, msg: str | None = None, pos: int | None = None) -> bool:
+# bars may end after the names of this module are gone, so the functions hold what they call
+def _display_line(
+    bar: Any, msg: str | None = None, pos: int | None = None, display: Any = tqdm.display
+) -> bool:
     if bar.fp.isatty():
-        return _display(bar, msg, pos)
+        return display(bar, msg, pos)
     now = time.monotonic()
     if now - bar.__dict__.setdefault("line_written_at", now) >= SECONDS:
         bar.line_written_at = now
@@ -28,7 +30,7 @@ def _display_line(bar: Any, msg: str | None = None, pos: int | None = None) -> b
     return True
 
 
-def _close_silently(bar: Any) -> None:
-    if not bar.disable and not bar.fp.isatty():
+def _close_silently(bar: Any, close: Any = tqdm.close) -> None:
+    if not getattr(bar, "disable", True) and not bar.fp.isatty():
         bar.delay = float("inf")  # tqdm then takes the bar for one that was never displayed
-    _close(bar)
+    close(bar)
