@@ -100,9 +100,11 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
         f"{sae.cfg.d_sae:,} latents in {len(widths_of(sae))} levels, on English texts"
     )
     levels, shown = show_levels(sae, model, path)
-    print(f"\n{table_on_real_text(levels)}\n\nOne sentence: the variance explained of each token")
-    print(f"\n{table_of_tokens(widths_of(sae), shown[_IN_WORDS], _N_TOKENS)}")
-    print(f"\nFour sentences: {path.resolve()}")
+    print("Each level is an SAE of its own, the first `width` latents; L0 of them fire on a token.")
+    print(f"\n{table_on_real_text(levels)}\n")
+    print(f"Variance explained of single tokens: {SENTENCES[_IN_WORDS]!r}")
+    print(f"\n{table_of_tokens(widths_of(sae), shown[_IN_WORDS], _N_TOKENS)}\n")
+    print(f"All tokens of four such sentences: {path.resolve()}")
     stage("Which of its latents specialise which, on the reference of Python: two parents of many")
     name = "The SAE that comes with the package"
     lines = write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)

@@ -31,7 +31,7 @@ from examples.smollm2 import run
 from tests.saebench.test_smollm2 import ARM
 
 run.all_arms, run.tuning_arms = lambda: [ARM], lambda: []
-run.N_ROWS, run._N_HELD_OUT = {ARM.layer: 80_000}, 8_000
+run.N_ROWS, run._N_HELD_OUT = {ARM.layer: 40_000}, 8_000
 run.evaluated_widths = lambda arm, evaluation: [arm.d_sae]
 run.SETTINGS = {
     "absorption": {"n_words": 520, "min_feats_for_eval": 2, "k_sparse_probe_num_epochs": 10},
