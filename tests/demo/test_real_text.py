@@ -129,7 +129,7 @@ def test_levels_are_drawn_and_measured(
         "Which of its latents specialise which",
     ]
     assert table in printed
-    assert f"\nAll of them: {page / 'index.html'}\n" in printed
+    assert f"\nThe whole tree: {page / 'index.html'}\n" in printed
     assert printed.count("\n") < 40
     assert bars == "", "no bars in a file"
     assert "tiny-gpt-neox, gpt_neox.layers.1" in (page / "index.html").read_text()
