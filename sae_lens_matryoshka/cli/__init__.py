@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if os.environ.get("RANK", "0") != "0":
             os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-        from sae_lens_matryoshka.util.progress import print_bars_as_lines
+        from sae_lens_matryoshka.util.output import tidy_output
 
-        print_bars_as_lines()
+        tidy_output()
         return args.run(args)
     except ValueError as error:
         return _refuse(error, code=2)

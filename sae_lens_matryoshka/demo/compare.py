@@ -50,7 +50,7 @@ from sae_lens_matryoshka.saebench.evaluations import is_installed
 from sae_lens_matryoshka.saebench.report import write_report
 from sae_lens_matryoshka.saebench.suite import plan_suite, run_suite
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.util.progress import print_bars_as_lines
+from sae_lens_matryoshka.util.output import tidy_output
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
@@ -171,7 +171,7 @@ def evaluate_with_saebench() -> str:
 def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    print_bars_as_lines()
+    tidy_output()
     levels = show_shipped_sae(Path("smollm2_levels.png"), PAGE)
 
     write_model_and_texts(Path(), seed)

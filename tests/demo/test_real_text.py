@@ -21,7 +21,7 @@ from sae_lens_matryoshka.demo.report import Row, summary, table_of_tokens, table
 from sae_lens_matryoshka.demo.run import MODEL_NAME
 from sae_lens_matryoshka.levels import set_widths
 from sae_lens_matryoshka.tree import Tree
-from sae_lens_matryoshka.util.progress import print_bars_as_lines
+from sae_lens_matryoshka.util.output import tidy_output
 
 MODEL = Path(corpus.__file__).with_name("model")
 TEXT = corpus.documents(1, seed=7)[0].text
@@ -104,7 +104,7 @@ def test_levels_are_drawn_and_measured(
     monkeypatch.setattr(real_text, "prepare_model", asked.append)
     monkeypatch.setattr(real_text, "_MAX_CHARACTERS", 100)  # which are as many tokens here
     monkeypatch.setattr(real_text, "N_PAGE_TOKENS", 2000)
-    print_bars_as_lines()
+    tidy_output()
     page = tmp_path / "page"
     page.mkdir()
     (page / "gathered").write_text("of an earlier demo")

@@ -1,23 +1,29 @@
-"""Progress bars of this package and of libraries, in a file and on a terminal."""
+"""Progress bars in a file and on a terminal, and which words of libraries are left out."""
 
 import fcntl
+import logging
 import os
 import pty
 import struct
 import subprocess
 import sys
 import termios
+import warnings
+
+import pytest
+
+from sae_lens_matryoshka.util.output import tidy_output
 
 SCRIPT = """
 from itertools import count
 from types import SimpleNamespace
-from sae_lens_matryoshka.util import progress
+from sae_lens_matryoshka.util import output
 from tqdm import tqdm
 from tqdm.auto import trange
 
 clock = count(step={step})
-progress.time = SimpleNamespace(monotonic=lambda: next(clock))
-progress.print_bars_as_lines()
+output.time = SimpleNamespace(monotonic=lambda: next(clock))
+output.tidy_output()
 with tqdm(desc="Outer", total=4, mininterval=1000) as bar:
     for i in trange(4, desc="Inner", leave=False, mininterval=0):
         bar.set_description(f"Outer, at {{i}}")  # SAELens' trainer redraws its bar with this
@@ -52,3 +58,17 @@ def test_a_terminal_shows_bars() -> None:
     os.close(ours)
     assert "Inner:  50%|█" in shown
     assert "Outer, at 3: 100%|█" in shown
+
+
+def test_other_words_of_libraries_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tidy_output()
+        for text in ("\nThis SAE has non-empty model_from_pretrained_kwargs. \n…", "Look out"):
+            warnings.warn(text, stacklevel=1)
+    assert [str(warning.message) for warning in warned] == ["Look out"]
+    logger = logging.getLogger("datasets.load")
+    with caplog.at_level("ERROR", "datasets.load"):
+        for text in ("`trust_remote_code` is not supported anymore.\n…", "Look out"):
+            logger.error(text)
+    assert caplog.messages == ["Look out"]

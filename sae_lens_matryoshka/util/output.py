@@ -1,6 +1,8 @@
-"""Progress bars in a file: a line every five minutes, where a terminal redraws one line."""
+"""What libraries print in a command: bars that suit a file, and no advice on what is done already."""
 
+import logging
 import time
+import warnings
 from typing import Any
 
 from tqdm.std import tqdm
@@ -8,13 +10,21 @@ from tqdm.std import tqdm
 SECONDS = 300  # between two lines of one bar
 
 
-def print_bars_as_lines() -> None:
-    """Let every tqdm bar of this process, those of libraries too, suit the file it writes to.
+def tidy_output() -> None:
+    """Let libraries print in this process what helps whoever runs a command.
 
-    Redrawn there, a bar leaves each of its states, joined by carriage returns. A bar that writes to
-    a terminal stays as it is.
+    Where a tqdm bar writes to a file, it becomes a line every five minutes; redrawn there, it
+    leaves each of its states. On a terminal it stays as it is. Left out is what SAELens says on
+    arguments for the model, with which commands load it, and what datasets says on an argument
+    that SAELens passes.
     """
     tqdm.display, tqdm.close = _display_line, _close_silently
+    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained")
+    logging.getLogger("datasets.load").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("`trust_remote_code` is not supported anymore")
 
 
 # bars may end after the names of this module are gone, so the functions hold what they call
