@@ -49,8 +49,8 @@ def write_demo_page(
 
 
 def _lines(tree: Tree, words_of_latent: Callable[[int], str]) -> list[str]:
-    """The edges with most information between latents of different words, one for each parent."""
-    drawn = tree.edges[tree.edges["strongest"]].sort_values("information", ascending=False)
+    """The edges with the highest lift between latents of different words, one for each parent."""
+    drawn = tree.edges[tree.edges["strongest"]].sort_values("lift", ascending=False)
     lines: dict[int, str] = {}
     for edge in drawn.to_dict("records"):
         parent, child = edge["parent"], edge["child"]

@@ -1,4 +1,4 @@
-"""What libraries print in a command: bars that suit a file, and no advice on what is done already."""
+"""What libraries print in a command: bars that suit a file, and no advice on what is done."""
 
 import logging
 import time
