@@ -25,12 +25,13 @@ from transformer_lens import HookedTransformer
 from typing_extensions import override
 
 from sae_lens_matryoshka import MatryoshkaTrainingSAEConfig
-from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, N_EVAL_BATCHES, run_config
+from sae_lens_matryoshka.demo.compare import D_IN, D_SAE, run_config
 from sae_lens_matryoshka.demo.corpus import texts
 from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, N_HELD_OUT, N_TEXTS
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
 from sae_lens_matryoshka.util.markdown import markdown_table
 
+_N_BATCHES = 57  # of 2,048 tokens: every held-out text
 STEPS = (10, 30, 100, 300, 1000, 1200, 1500)
 RUNS: list[dict[str, Any]] = [
     {"k": 8},
@@ -95,7 +96,7 @@ def measure(options: dict[str, Any], model: HookedTransformer) -> list[dict[str,
     torch.manual_seed(cfg.seed)
     runner = MeasuringRunner(cfg, override_dataset=corpus, override_model=model)
     store = ActivationsStore.from_config(model, cfg, override_dataset=held_out)
-    batches = [store.get_activations(store.get_batch_tokens()) for _ in range(N_EVAL_BATCHES)]
+    batches = [store.get_activations(store.get_batch_tokens()) for _ in range(_N_BATCHES)]
     runner.held_out = torch.cat(batches).reshape(-1, D_IN)
     runner.run()
     return [{**options, **row} for row in runner.rows]

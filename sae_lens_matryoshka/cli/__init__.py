@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # PyTorch asks Linux for huge pages: 4 KB at a time, memory that is allocated anew took a
         # quarter of a training step, and more of a language model's forward pass
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if os.environ.get("RANK", "0") != "0":
+            os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+        from sae_lens_matryoshka.util.output import tidy_output
+
+        tidy_output()
         return args.run(args)
     except ValueError as error:
         return _refuse(error, code=2)

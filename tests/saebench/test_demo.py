@@ -17,10 +17,10 @@ from sae_lens_matryoshka.demo.report import Row, table
 def test_every_level_is_measured_and_drawn(demo_run: Path) -> None:
     rows = [Row(**row) for row in json.loads((demo_run / "results.json").read_text())["rows"]]
     assert [(row.sae, row.width) for row in rows] == [
-        ("batchtopk", 1024),
         *(("matryoshka", width) for width in (32, 96, 224, 480, 1024)),
+        ("batchtopk", 1024),
     ]
-    levels = rows[1:]
+    levels = rows[:-1]
     assert [row.l0_training for row in levels] == sorted(row.l0_training for row in levels)
     assert levels[-1].l0_training == pytest.approx(8, rel=0.01)
     assert all(0 < row.explained_variance < 1 for row in rows)
@@ -31,6 +31,19 @@ def test_every_level_is_measured_and_drawn(demo_run: Path) -> None:
     metadata = SAE.load_from_disk(demo_run / "matryoshka").cfg.metadata
     widths = metadata.training_architecture_details["matryoshka_widths"]
     assert widths == [32, 96, 224, 480, 1024]
+
+
+def test_its_summary_is_short_and_names_files_that_are_there(demo_run: Path) -> None:
+    text = (demo_run / "summary.txt").read_text()
+    trained, opened, command = text.split("\n\n")
+    assert trained.startswith("Trained: two SAEs of 1,024 latents")
+    assert opened.startswith("Open:\n")
+    files = [Path(line.strip().partition(": ")[0]) for line in opened.splitlines()[1:]]
+    assert {"index.html", "levels.png", "report.html"} <= {file.name for file in files}
+    assert all(file.is_file() for file in files)
+    assert command.startswith("Try next, in ")
+    assert "HF_HUB_OFFLINE=1" in command
+    assert text.count("\n") <= 30
 
 
 def test_the_command_that_it_ends_with_works_in_its_folder(demo_run: Path) -> None:
