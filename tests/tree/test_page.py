@@ -125,6 +125,8 @@ def test_labels_stay_and_are_exported(odd, opened):
     exported = json.loads(download.value.path().read_text())
     assert exported["labels"] == {str(CHILD): "a <b>fox</b>"}
     assert exported["weights"] == Gathered(odd.parent / "gathered").index.settings["weights"]
+    page.get_by_role("link", name="Guide").click()
+    expect(page.locator("#about")).to_contain_text("Labels stay in this browser")
 
 
 def test_labels_from_a_file(labelled, opened):

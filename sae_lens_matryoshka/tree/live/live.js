@@ -141,6 +141,7 @@ function livePanel(limits) {
 }
 
 // Labels go to the server, half a second after the last key.
+whereLabelsAre = "Labels are saved in labels.json beside the page.";
 const setLabelHere = setLabel;
 const waiting = new Map();
 setLabel = (latent, text) => {

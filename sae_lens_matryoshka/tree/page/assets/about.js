@@ -43,7 +43,7 @@ function aboutView() {
     h("p", {}, h("kbd", {}, "/"), " searches; in the forest ", h("kbd", {}, "↑"), " ", h("kbd", {}, "↓"), " move, ", h("kbd", {}, "→"), " ",
       h("kbd", {}, "←"), " open and close a family, ", h("kbd", {}, "Enter"), " shows a latent, ", h("kbd", {}, "Esc"), " clears the search."),
     h("p", { class: "quiet" }, source.dataset ? `Texts: ${source.dataset}. Model: ${source.model}. ` : `Activations: ${source.activations}. `,
-      "Nothing on this page is loaded from a network. Labels stay in this browser until you export them."));
+      `Nothing on this page is loaded from a network. ${whereLabelsAre}`));
 }
 
 // A general latent and three of its children, those with words of their own first.
