@@ -11,12 +11,17 @@ from sae_lens_matryoshka.tree import build_tree
 from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.page import write_page
+from sae_lens_matryoshka.tree.page.corpus import Corpus, words_of_latents
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
+from sae_lens_matryoshka.tree.report import family_lines
 
 
 def write_demo_page(
     folder: Path, sae: SAE[Any], model: Any, dataset: Dataset | str, n_tokens: int, name: str
 ) -> Path:
-    """Build the tree of an SAE and write its page, in place of an earlier demo's.
+    """Build the tree of an SAE, print its first families, and write its page.
+
+    An earlier demo's page is replaced.
 
     Args:
         folder: Where to.
@@ -34,4 +39,7 @@ def write_demo_page(
     tree = build_tree(sae, model, dataset, n_tokens, folder=gathered)
     tree.save(folder / "tree.json")
     read = Gathered(gathered)
-    return write_page(folder, tree, read, find_examples(read), sae, model, name)
+    examples = find_examples(read)
+    words = words_of_latents(Corpus(read), examples, TokenTexts(model.tokenizer))
+    print("\n".join(family_lines(tree, words, n_families=4, n_children=3)), flush=True)
+    return write_page(folder, tree, read, examples, sae, model, name)

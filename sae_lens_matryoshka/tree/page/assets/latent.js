@@ -91,7 +91,7 @@ function family(latent, detail) {
 }
 
 // As the forest has them: those with words of their own first, last those that stand under another parent.
-const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * isDistinct[other] + coverage : 0);
+const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * index.distinct[other] + coverage : 0);
 
 function group(title, note, rows) {
   if (!rows.length) return [];
