@@ -26,6 +26,7 @@ style.replaceSync(`
     #written { grid-template-columns: 1fr; }
     #changes li { flex-wrap: wrap; }
     #changes .latent { flex-basis: 100%; }
+    #changes input[type=range] { flex: 1 1 5rem; }
   }
 `);
 document.adoptedStyleSheets = [style];
