@@ -109,9 +109,10 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens_matryoshka.tree.gathered import Gathered
     from sae_lens_matryoshka.tree.neuronpedia import check_export, export_neuronpedia
     from sae_lens_matryoshka.tree.page import write_page
+    from sae_lens_matryoshka.tree.page.corpus import Corpus, words_of_latents
     from sae_lens_matryoshka.tree.page.labels import read_labels
     from sae_lens_matryoshka.tree.page.tokens import TokenTexts
-    from sae_lens_matryoshka.tree.report import family_lines, summary_lines, words_of
+    from sae_lens_matryoshka.tree.report import family_lines, summary_lines
 
     check_measuring(args)
     check_writable("--out", out)
@@ -167,11 +168,10 @@ def run(args: argparse.Namespace) -> int:
         print("This SAE has no levels: a parent is any latent that fires more often.\n")
     print("\n".join(summary_lines(tree)))
     tokenizer = getattr(data.get("model"), "tokenizer", None)
+    words = []
     if tokenizer:
-        families = family_lines(tree, words_of(gathered, examples, TokenTexts(tokenizer)))
-    else:
-        families = family_lines(tree)
-    print("\n" + ("\n".join(families) or "No edge passed."))
+        words = words_of_latents(Corpus(gathered), examples, TokenTexts(tokenizer))
+    print("\n" + "\n".join(family_lines(tree, words)))
     print(f"\nOpen {out / 'index.html'}. Beside it are tree.json and more: docs/tree.md.")
     if listening:
         return _serve(listening, args, sae, data.get("model") or load_model_of(sae, args))

@@ -105,7 +105,7 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
     print(f"Variance explained of single tokens: {SENTENCES[_IN_WORDS]!r}")
     print(f"\n{table_of_tokens(widths_of(sae), shown[_IN_WORDS], _N_TOKENS)}\n")
     print(f"All tokens of four such sentences: {path.resolve()}")
-    stage("Which of its latents specialise which, on the reference of Python: some pairs")
+    stage("Which of its latents specialise which, on the reference of Python: some families")
     name = "The SAE that comes with the package"
     lines = write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
     print("\n".join(["", *lines, "", f"The whole tree: {(page / 'index.html').resolve()}"]))

@@ -19,7 +19,7 @@ from sae_lens_matryoshka.tree.chance import clustering_of
 from sae_lens_matryoshka.tree.coactivation import Eligible
 from sae_lens_matryoshka.tree.edges import RULES, Rules, find_edges
 from sae_lens_matryoshka.tree.gathered import Gathered
-from sae_lens_matryoshka.tree.gathering import as_inference, gather
+from sae_lens_matryoshka.tree.gathering import as_inference, discard, gather
 from sae_lens_matryoshka.tree.sources import ModelOnTexts, Source, StoredActivations
 from sae_lens_matryoshka.tree.tree import Tree
 from sae_lens_matryoshka.util.checks import checked_count, checked_number, invalid_option
@@ -55,7 +55,7 @@ def build_tree(
         min_coverage: Least P(parent | child) of a pair that is tested.
         batch_size_prompts: Prompts that the model runs at a time.
         folder: Where to keep what is gathered (see `tree.gathered`), so that an interrupted pass
-            resumes; by default a temporary folder.
+            resumes; by default a temporary folder. If the tokens are too few, it is emptied.
 
     Raises:
         ValueError: an option is not accepted, the activations or the data set can't be read or do
@@ -76,11 +76,24 @@ def build_tree(
     else:
         source = _texts(sae, model, dataset, n_tokens, batch_size_prompts)
     with _folder(folder) as path:
-        return tree_of(gather(sae, source, path, n_tokens), sae, rules)
+        gathered = gather(sae, source, path, n_tokens)
+        try:
+            return tree_of(gathered, sae, rules)
+        except TooFewTokensError:
+            discard(gathered)  # no tree comes of it, and the same folder takes more tokens then
+            raise
+
+
+class TooFewTokensError(ValueError):
+    """No pair of latents fires often enough to be tested."""
 
 
 def tree_of(gathered: Gathered, sae: SAE[Any], rules: Rules | None = None) -> Tree:
-    """The tree of what was gathered; see `build_tree`."""
+    """The tree of what was gathered; see `build_tree`.
+
+    Raises:
+        TooFewTokensError: no pair of latents fires often enough.
+    """
     rules = rules or Rules()
     level_of, by_level = levels_of(sae)
     latents = _latent_table(gathered, level_of)
@@ -177,13 +190,13 @@ def _texts(
     return ModelOnTexts(sae, model, store, dataset if isinstance(dataset, str) else "a data set")
 
 
-def _too_few_tokens(gathered: Gathered) -> ValueError:
+def _too_few_tokens(gathered: Gathered) -> TooFewTokensError:
     alive = np.sort(gathered.counts[gathered.counts > 0])[::-1]
     if not len(alive):
-        return ValueError(f"no latent fires on these {gathered.n_tokens:,} tokens.")
+        return TooFewTokensError(f"no latent fires on these {gathered.n_tokens:,} tokens.")
     # so many that half of the latents that fire do so often enough
     needed = max(512, int(np.ceil(MIN_FIRINGS * gathered.n_tokens / alive[len(alive) // 2])))
-    return ValueError(
+    return TooFewTokensError(
         f"{gathered.n_tokens:,} tokens are too few for a tree: no pair of latents fires "
         f"{MIN_FIRINGS} times each. With about {needed:,} tokens half of the latents would."
     )

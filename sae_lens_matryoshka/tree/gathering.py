@@ -47,7 +47,8 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
     Args:
         sae: An inference SAE, on the device to compute on.
         source: The activations.
-        folder: Where to; a new or an empty folder, or one that a pass was interrupted in.
+        folder: Where to; a new or an empty folder, or one that a pass was interrupted in. Without
+            any shard in it, the settings may be others.
         n_tokens: How many at most; fewer if the source ends before.
 
     Raises:
@@ -85,11 +86,22 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
     return Gathered(folder)
 
 
+def discard(gathered: Gathered) -> None:
+    """Empty a folder, which the next pass may fill with other settings."""
+    index, folder = gathered.index, gathered.folder
+    Index(index.d_sae, index.d_in, index.settings).write(folder)  # first: names no file
+    for name in (*(shard.name for shard in index.shards), index.sums):
+        if name:
+            (folder / name).unlink(missing_ok=True)
+
+
 def _index_of(folder: Path, wanted: Index) -> Index:
     """The index to continue from."""
     check_writable("out", folder)
     if (folder / INDEX_FILENAME).is_file():
         written = Index.read(folder)
+        if not written.shards:
+            return wanted
         for name, value in wanted.settings.items():
             before = written.settings.get(name)
             if before != value:

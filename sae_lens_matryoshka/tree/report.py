@@ -1,14 +1,11 @@
 """The tree in a few lines of text."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from sae_lens_matryoshka.tree.examples import Examples
-from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.families import distinct_children, drawn_edges, variety
 from sae_lens_matryoshka.tree.tree import Tree
-
-_N_WORDS = 4  # that name a latent
 
 
 def summary_lines(tree: Tree) -> list[str]:
@@ -31,52 +28,40 @@ def summary_lines(tree: Tree) -> list[str]:
 
 
 def family_lines(
-    tree: Tree,
-    name: Callable[[int], str] = lambda latent: "",
-    n_families: int = 10,
-    n_children: int = 6,
+    tree: Tree, words: Sequence[Sequence[str]] = (), n_families: int = 10, n_children: int = 5
 ) -> list[str]:
-    """The latents with the most information about their children, and these.
+    """The parents with the largest variety of children, as the page has them first.
 
     Args:
         tree: The tree.
-        name: What to write behind a latent's number.
+        words: Of each latent, `page.corpus.words_of_latents`; if they are not known, the parents
+            with the most information about their children are first.
         n_families: How many parents.
-        n_children: How many children of each, the strongest first.
+        n_children: How many children of each, those with words of their own first.
     """
-    drawn = tree.edges[tree.edges["strongest"]]
-    strength = drawn.groupby("parent")["information"].sum().sort_values(ascending=False)
+    drawn, is_distinct = drawn_edges(tree), distinct_children(tree, words)
+    drawn = drawn.assign(is_distinct=is_distinct[drawn["child"].to_numpy(int)])
+    drawn = drawn.sort_values(["is_distinct", "coverage"], ascending=False, kind="stable")
+
+    def named(latent: int) -> str:
+        return " ".join([str(latent), *(map(_visible, words[latent]) if words else ())])
+
     lines = []
-    for parent in strength.index[:n_families].tolist():
+    parents = np.argsort(-variety(tree, is_distinct), kind="stable")[:n_families]
+    for parent in parents.tolist():
         children = drawn[drawn["parent"] == parent]
+        if not len(children):
+            break
         density = tree.latents.loc[parent, "density"]
-        title = f"latent {parent}{name(parent)}: {density:.2%} of tokens, {len(children)} children"
-        lines.append(title)
+        lines.append(f"latent {named(parent)}: {density:.2%} of tokens, {len(children)} children")
         lines += [
-            f"    {edge['child']}{name(edge['child'])}: coverage {edge['coverage']:.2f} "
+            f"    {named(edge['child'])}: coverage {edge['coverage']:.2f} "
             f"[{edge['coverage_low']:.2f}, {edge['coverage_high']:.2f}], lift {edge['lift']:.1f}, "
             f"presence {edge['presence']:.2f}"
             for edge in children[:n_children].to_dict("records")
         ]
-    return lines
+    return lines or ["No edge passed."]
 
 
-def words_of(
-    gathered: Gathered, examples: Examples, text_of: Callable[[int], str]
-) -> Callable[[int], str]:
-    """Names latents by the tokens of their top examples; see `family_lines`.
-
-    Args:
-        gathered: With texts.
-        examples: Of its latents.
-        text_of: The text of a token id.
-    """
-    shards = range(len(gathered.index.shards))
-    ids = np.concatenate([gathered.tokens(i).reshape(-1)[gathered.positions(i)] for i in shards])
-
-    def name(latent: int) -> str:
-        tokens = examples.top_tokens[latent]
-        words = dict.fromkeys(text_of(int(ids[token])) for token in tokens[tokens >= 0])
-        return f" ({' '.join(repr(word) for word in list(words)[:_N_WORDS])})"
-
-    return name
+def _visible(word: str) -> str:
+    return repr(word)[1:-1].strip() or "␣"

@@ -49,6 +49,13 @@ def test_it_writes_a_tree(capsys):
     assert capsys.readouterr().out == out
 
 
+def test_more_tokens_after_too_few(refusal: Refusal):
+    command = ["tree", "sae", "--activations", "x.npy", "--out", "out"]
+    assert "100 tokens are too few for a tree" in refusal(*command, "--tokens", "100")
+    assert cli.main(command) == 0
+    assert Tree.load("out/tree.json").summary["n_tokens"] == 6000
+
+
 def index_of(page: Path) -> dict:
     """What the page knows of all latents."""
     text = page.read_text()

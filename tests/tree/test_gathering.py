@@ -129,6 +129,16 @@ def test_other_folders_are_refused(x, tmp_path):
         build_tree(exact_sae(8), activations=x[:8000], folder=tmp_path / "g")
 
 
+def test_after_too_few_tokens_the_same_folder_takes_more(x, tmp_path):
+    with pytest.raises(ValueError, match="100 tokens are too few for a tree"):
+        build_tree(exact_sae(8), activations=x, n_tokens=100, folder=tmp_path / "g")
+    assert [path.name for path in (tmp_path / "g").iterdir()] == ["index.json"]
+    tree = build_tree(exact_sae(8), activations=x, folder=tmp_path / "g")
+    fresh = build_tree(exact_sae(8), activations=x, folder=tmp_path / "fresh")
+    assert tree.edges.equals(fresh.edges)
+    assert Gathered(tmp_path / "g").index == Gathered(tmp_path / "fresh").index
+
+
 @pytest.mark.parametrize("changed", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold", "config"])
 def test_another_sae_is_refused(changed, x, tmp_path):
     gathered_in(tmp_path / "g", x)

@@ -335,6 +335,8 @@ def test_the_live_page_in_a_browser(server):
         expect(page.locator("#label")).to_have_value("my <i>label</i>")
         page.goto(f"{address}#latent={GRANDCHILD}")
         expect(page.locator("#family")).to_contain_text("my <i>label</i>")
+        page.get_by_role("link", name="Guide").click()
+        expect(page.locator("#about")).to_contain_text("Labels are saved in labels.json beside")
         assert problems == []
 
 

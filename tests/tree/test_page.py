@@ -125,6 +125,8 @@ def test_labels_stay_and_are_exported(odd, opened):
     exported = json.loads(download.value.path().read_text())
     assert exported["labels"] == {str(CHILD): "a <b>fox</b>"}
     assert exported["weights"] == Gathered(odd.parent / "gathered").index.settings["weights"]
+    page.get_by_role("link", name="Guide").click()
+    expect(page.locator("#about")).to_contain_text("Labels stay in this browser")
 
 
 def test_labels_from_a_file(labelled, opened):
@@ -247,23 +249,17 @@ def test_a_thousand_latents(thousand, opened):
     expect(page.locator("#right")).to_contain_text("Promoted tokens need a model")
 
 
-def test_variety_counts_children_with_words_of_their_own(thousand, opened):
+def test_the_forest_is_sorted_by_variety(thousand, opened):
     page = opened(thousand)  # latent n + 10 is a child of n % 10
-    variety, distinct = page.evaluate(
+    variety = page.evaluate(
         """() => {
           index.fired = index.fired.map((n, latent) => (latent === 2 ? n : Math.min(n, 200)));
-          index.words = index.fired.map((_, n) => n < 10 ? ["tree"] : [
-            [`leaf${n}`, `root${n}`, `bark${n}`], ["leaf", "root", "bark"],
-            [`leaf${n}`, `root${n}`, `bark${n}`], ["Tree", `leaf${n}`, `root${n}`],
-            [`ab${n}`, `leaf${n}`, `root${n}`], ["叶" + n, "根" + n, "皮" + n],
-          ][n % 10] || []);
+          index.distinct = index.fired.map((_, n) => n > 9 && n % 10 === 2 || n === 21 || n === 31);
           prepareForest();
-          return [Array.from(variety.slice(0, 7)), Array.from(isDistinct)];
+          return Array.from(variety.slice(0, 4));
         }"""
     )
-    # all differ; all have the same words; a dense parent; the parent's word; two letters; all
-    assert [int(value) for value in variety] == [99, 1, 0, 0, 0, 99, 0]
-    assert sum(distinct) == 99 + 1 + 99 + 99
+    assert [int(value) for value in variety] == [0, 2, 0, 0]  # latent 2 is dense
 
 
 def test_no_edge(none, opened):

@@ -2,7 +2,8 @@
 // The served page: read a text of your own, steer latents, keep labels in a file. Comes after the page's own scripts.
 
 const CHANGES = { add: "add to the activation", set: "set the activation to", scale: "scale the activation by", ablate: "ablate" };
-const WHAT = { latent: "it alone", family: "it and its children", level: "its whole level" };
+const WHAT = { latent: "alone", family: "and its children", level: "and its whole level" };
+const narrow = matchMedia("(max-width: 820px)"); // as in page.css
 const steering = { mode: "add", latent: undefined, changes: [] }; // the latent seen last; of {what, latent, value, max}
 
 const style = new CSSStyleSheet();
@@ -13,13 +14,20 @@ style.replaceSync(`
     background: var(--panel); border: 1px solid var(--line); border-radius: 7px; padding: .4rem .65rem; }
   #live input[type=number] { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 7px; padding: .2rem .4rem; width: 5.5rem; }
   #live .tools { padding: .35rem 0; }
+  #live #live-status:empty { display: none; }
   #changes li { justify-content: flex-start; }
   #changes input[type=range] { flex: 0 1 14rem; min-width: 5rem; accent-color: var(--level); }
   #changes .latent { flex: 0 1 24rem; }
   #written { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 1.5rem; }
   #written h3 { margin: .5rem 0 .1rem; }
   #written p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
-  @media (max-width: 820px) { #live { padding: .4rem 1rem .5rem; } #written { grid-template-columns: 1fr; } }
+  @media ${narrow.media} {
+    #live { padding: .4rem 1rem .5rem; }
+    #written { grid-template-columns: 1fr; }
+    #changes li { flex-wrap: wrap; }
+    #changes .latent { flex-basis: 100%; }
+    #changes input[type=range] { flex: 1 1 5rem; }
+  }
 `);
 document.adoptedStyleSheets = [style];
 
@@ -59,7 +67,7 @@ const readText = () => busy("Reading the text …", async () => {
 
 const generate = () => busy("Generating three texts …", async () => {
   const { mode, changes } = steering;
-  if (!changes.length) throw new Error("Choose a latent in the forest and add it here first.");
+  if (!changes.length) throw new Error("Choose a latent in the forest and add it to the list first.");
   const answer = await ask("live/steer", {
     prompt: byId("prompt").value, mode, changes: changes.map(({ what, latent, value }) => ({ what, latent, value })),
     new_tokens: Number(byId("new-tokens").value), seed: Number(byId("seed").value),
@@ -101,7 +109,7 @@ function drawChanges() {
     inputs[1].removeAttribute("min");
     inputs[1].removeAttribute("max");
     return h("li", { class: colour(change.latent) }, latentLink(change.latent),
-      change.what === "latent" ? null : h("span", { class: "quiet" }, change.what === "family" ? "and its children" : "and its whole level"),
+      change.what === "latent" ? null : h("span", { class: "quiet" }, WHAT[change.what]),
       steering.mode === "ablate" ? null : inputs,
       h("button", { "aria-label": `Remove latent ${change.latent}`, onclick: () => {
         steering.changes = steering.changes.filter((other) => other !== change);
@@ -113,7 +121,7 @@ function drawChanges() {
 function noteLatent() {
   const { latent } = state();
   if (latent in index.fired) steering.latent = Number(latent);
-  byId("seen").textContent = steering.latent === undefined ? "a latent that you look at" : `latent ${steering.latent}`;
+  byId("seen").textContent = steering.latent === undefined ? "a latent that you choose in the forest" : `latent ${steering.latent}`;
 }
 
 function livePanel(limits) {
@@ -123,9 +131,9 @@ function livePanel(limits) {
     steering.changes.forEach((change) => (change.value = startOf(change)));
     drawChanges();
   } }, options(CHANGES));
-  return h("details", { id: "live", open: "" },
-    h("summary", {}, "Live: read a text of your own, and steer"),
-    h("textarea", { id: "prompt", maxlength: limits.text, "aria-label": "Text", placeholder: "Type a text" }),
+  return h("details", { id: "live", open: narrow.matches ? undefined : "" },
+    h("summary", {}, "Live: the latents of a text of your own, and steering"),
+    h("textarea", { id: "prompt", maxlength: limits.text, "aria-label": "Text", placeholder: "Type a text, for instance: The weather today is" }),
     h("div", { class: "tools" },
       h("button", { id: "read", onclick: readText }, "Show its latents"),
       h("button", { id: "generate", onclick: generate }, "Continue it, steered"),
@@ -133,14 +141,15 @@ function livePanel(limits) {
       h("label", {}, "seed ", h("input", { id: "seed", type: "number", min: 0, value: 0 })),
       h("span", { id: "live-status", role: "status" })),
     h("div", { class: "tools" },
-      h("label", {}, "Of ", h("b", { id: "seen" }), " take ", h("select", { id: "what" }, options(WHAT))),
-      h("button", { id: "add", onclick: addChange }, "add to the list"),
-      h("label", {}, "and ", mode)),
+      h("label", {}, "Steer with ", h("b", { id: "seen" }), " ", h("select", { id: "what" }, options(WHAT))),
+      h("button", { id: "add", onclick: addChange }, "Add to the list"),
+      h("label", {}, "Change: ", mode)),
     h("ul", { id: "changes", class: "plain" }),
     h("div", { id: "written" }));
 }
 
 // Labels go to the server, half a second after the last key.
+whereLabelsAre = "Labels are saved in labels.json beside the page.";
 const setLabelHere = setLabel;
 const waiting = new Map();
 setLabel = (latent, text) => {

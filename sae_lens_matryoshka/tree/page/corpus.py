@@ -3,7 +3,9 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae_lens_matryoshka.tree.examples import Examples
 from sae_lens_matryoshka.tree.gathered import Gathered
+from sae_lens_matryoshka.tree.page.tokens import TextOf, naming_words
 
 BEFORE, AFTER = 18, 8  # tokens shown around one
 
@@ -39,6 +41,15 @@ class Corpus:
         length = self.contexts.shape[1]
         own = (self.place_of_row[rows] // length)[:, None]
         return np.where((places >= 0) & (places // length == own), places, -1)
+
+
+def words_of_latents(corpus: Corpus, examples: Examples, text_of: TextOf) -> list[list[str]]:
+    """What each latent is called: the most frequent tokens among its examples."""
+    words = []
+    for top, quantiles in zip(examples.top_tokens, examples.quantile_tokens, strict=True):
+        rows = np.concatenate([top, quantiles.reshape(-1)])
+        words.append(naming_words(corpus.ids(rows[rows >= 0]).tolist(), text_of))
+    return words
 
 
 class Activations:

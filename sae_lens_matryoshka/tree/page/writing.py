@@ -24,14 +24,15 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_lens_matryoshka.tree.examples import Examples
+from sae_lens_matryoshka.tree.families import distinct_children
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.gathering import as_inference
-from sae_lens_matryoshka.tree.page.corpus import Corpus
+from sae_lens_matryoshka.tree.page.corpus import Corpus, words_of_latents
 from sae_lens_matryoshka.tree.page.details import CHUNK, Details
 from sae_lens_matryoshka.tree.page.numbers import rounded
 from sae_lens_matryoshka.tree.page.relations import COLUMNS
 from sae_lens_matryoshka.tree.page.texts import texts_for_page
-from sae_lens_matryoshka.tree.page.tokens import TokenTexts, naming_words
+from sae_lens_matryoshka.tree.page.tokens import TokenTexts
 from sae_lens_matryoshka.tree.page.weights import logit_lens, neighbours
 from sae_lens_matryoshka.tree.tree import Tree
 from sae_lens_matryoshka.util.files import atomic_file, atomic_folder
@@ -152,12 +153,7 @@ def _index(
         name: [rounded(v) for v in drawn[name].reindex(tree.latents.index, fill_value=0).tolist()]
         for name in ("coverage", "information")
     }
-    words: list[list[str]] = []
-    if corpus is not None:
-        for latent in range(len(tree.latents)):
-            quantiles = examples.quantile_tokens[latent].reshape(-1)
-            rows = np.concatenate([examples.top_tokens[latent], quantiles])
-            words.append(naming_words(corpus.ids(rows[rows >= 0]).tolist(), text_of))
+    words = [] if corpus is None else words_of_latents(corpus, examples, text_of)  # [] if unknown
     return {
         "settings": tree.settings,
         "summary": tree.summary,
@@ -167,6 +163,7 @@ def _index(
         "parent": tree.latents["parent"].astype(int).tolist(),
         **by_latent,
         "words": words,
+        "distinct": distinct_children(tree, words).astype(int).tolist(),
     }
 
 

@@ -12,7 +12,7 @@ function aboutView() {
     h("p", {}, "A latent is one direction that the sparse autoencoder has learned. It fires on tokens whose activation contains that " +
       "direction. A child specialises its parent: nearly wherever the child fires the parent fires too, and the parent also elsewhere."),
     first.length ? [h("h3", {}, "Start here"), h("p", {}, index.has_words
-      ? "General latents whose children differ most, and three of these. The words are the tokens that a latent fires on most often among its examples."
+      ? "General latents whose children differ most, and three of these. Click one for its examples, and there the bar of a parent or a child for the evidence. The words are the tokens that a latent fires on most often among its examples."
       : "The latents that say most about their children."),
       h("ul", { class: "plain" }, first.map(startingPoint))] : null,
     hasLevels() ? [h("h3", {}, "Levels"),
@@ -43,12 +43,12 @@ function aboutView() {
     h("p", {}, h("kbd", {}, "/"), " searches; in the forest ", h("kbd", {}, "↑"), " ", h("kbd", {}, "↓"), " move, ", h("kbd", {}, "→"), " ",
       h("kbd", {}, "←"), " open and close a family, ", h("kbd", {}, "Enter"), " shows a latent, ", h("kbd", {}, "Esc"), " clears the search."),
     h("p", { class: "quiet" }, source.dataset ? `Texts: ${source.dataset}. Model: ${source.model}. ` : `Activations: ${source.activations}. `,
-      "Nothing on this page is loaded from a network. Labels stay in this browser until you export them."));
+      `Nothing on this page is loaded from a network. ${whereLabelsAre}`));
 }
 
 // A general latent and three of its children, those with words of their own first.
 function startingPoint(latent) {
   const children = sorted(drawnChildren[latent], index.has_words ? orders.variety : orders.evidence).slice(0, 3);
   return h("li", { class: "start" }, latentLink(latent), h("span", { class: "cell" }, counted(drawnChildren[latent].length, "child", "children")),
-    h("div", { class: "some quiet" }, children.map((child) => h("div", {}, "▸ ", latentLink(child)))));
+    h("div", { class: "some quiet" }, children.map((child) => h("div", {}, "↳ ", latentLink(child)))));
 }

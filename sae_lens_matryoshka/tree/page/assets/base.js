@@ -93,6 +93,7 @@ function latentAddress(latent) {
 
 // Labels: from a file, and those typed here, which the browser keeps by the SAE's weights.
 let labels = {};
+let whereLabelsAre = "Labels stay in this browser until you export them."; // live.js says otherwise
 const labelsKey = () => `sae-tree-labels ${index.settings.source.weights}`;
 
 function readLabels() {

@@ -4,7 +4,7 @@
 const ROW = 34; // pixels, as in page.css
 
 const orders = {
-  variety: { title: "variety of children", of: (latent, parent) => (parent < 0 ? variety[latent] : 2 * isDistinct[latent] + index.coverage[latent]) },
+  variety: { title: "variety of children", of: (latent, parent) => (parent < 0 ? variety[latent] : 2 * index.distinct[latent] + index.coverage[latent]) },
   evidence: { title: "evidence", of: (latent, parent) => (parent < 0 ? strength[latent] : index.information[latent]) },
   frequency: { title: "frequency", of: (latent) => index.fired[latent] },
   children: { title: "number of children", of: (latent) => drawnChildren[latent].length },
@@ -12,7 +12,6 @@ const orders = {
 };
 const forest = { order: "variety", all: false, query: "", open: new Set(), rows: [], active: -1 };
 let strength; // bits that a latent's drawn edges say of its children
-let isDistinct; // whether a latent has words that neither its parent nor a stronger sibling has
 let variety; // how many such children a latent has, unless it is dense
 
 function prepareForest() {
@@ -29,24 +28,10 @@ function prepareForest() {
   forest.order = "evidence";
 }
 
-const lowerWords = (latent) => (index.words[latent] || []).map((word) => word.trim().toLowerCase());
-const isReadable = (word) => /\p{L}{3}|\p{Lo}/u.test(word); // three letters, or one of a script without capitals
-
+// As `tree.families.variety` counts, which the command prints by.
 function prepareVariety() {
-  isDistinct = new Uint8Array(index.fired.length);
-  variety = new Float64Array(index.fired.length);
-  drawnChildren.forEach((children, latent) => {
-    const seen = new Set(lowerWords(latent));
-    for (const child of [...children].sort((a, b) => index.information[b] - index.information[a])) {
-      const words = lowerWords(child).slice(0, 3);
-      if (!words.length || !words.every((word) => isReadable(word) && !seen.has(word))) continue;
-      isDistinct[child] = 1;
-      words.forEach((word) => seen.add(word));
-      variety[latent]++;
-    }
-    if (isDense(latent)) variety[latent] = 0;
-    variety[latent] += strength[latent] / (1 + strength[latent]); // in [0, 1), for those of equal variety
-  });
+  variety = drawnChildren.map((children, latent) =>
+    (isDense(latent) ? 0 : children.filter((child) => index.distinct[child]).length) + strength[latent] / (1 + strength[latent]));
 }
 
 function sorted(latents, { of } = orders[forest.order]) {

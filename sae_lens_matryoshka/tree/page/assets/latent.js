@@ -80,8 +80,8 @@ function family(latent, detail) {
         rows(others, (edge) => edgeRow(edge, parent, edge.other, edge.other))));
     }, showError);
   return h("div", { id: "family" },
-    group("Parents", "More general: where this latent fires, they mostly do too. The bar shows how often.", rows(passed, asParent)),
-    group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often." +
+    group("Parents", "More general: where this latent fires, they mostly do too. The bar shows how often; click it for the evidence.", rows(passed, asParent)),
+    group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often; click it for the evidence." +
       (nElsewhere ? ` The first ${nDrawn} stand under it in the forest; the other ${nElsewhere} have a stronger parent.` : ""), rows(children, asChild)),
     siblings,
     passed.length || detail.children.length ? null
@@ -91,7 +91,7 @@ function family(latent, detail) {
 }
 
 // As the forest has them: those with words of their own first, last those that stand under another parent.
-const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * isDistinct[other] + coverage : 0);
+const placeOf = ({ strongest, other, coverage }) => (strongest ? 1 + 2 * index.distinct[other] + coverage : 0);
 
 function group(title, note, rows) {
   if (!rows.length) return [];

@@ -57,8 +57,8 @@ function levelBars(title, shares) {
     h("p", {}, `${title}: ${last < 0 ? "nothing" : percent(last)} explained`),
     h("div", { class: "stack", "aria-hidden": "true" }, gains.map((gain, i) =>
       h("span", { class: `c${i % 6}`, style: `width:${Math.max(0, 100 * gain)}%` }))),
-    shares.length > 1 && h("p", { class: "quiet" }, gains.map((gain, i) => [
-      h("span", { class: `badge c${i % 6}` }, i + 1), ` ${gain < 0 ? "−" : "+"}${percent(Math.abs(gain))} `])));
+    shares.length > 1 && h("p", { class: "quiet gains" }, gains.map((gain, i) => h("span", {},
+      h("span", { class: `badge c${i % 6}` }, i + 1), `${gain < 0 ? "−" : "+"}${percent(Math.abs(gain))}`))));
 }
 
 function tokenLatents(flat) {
