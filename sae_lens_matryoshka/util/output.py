@@ -18,7 +18,8 @@ def tidy_output() -> None:
     arguments for the model, with which commands load it, and what datasets says on an argument
     that SAELens passes.
     """
-    tqdm.display, tqdm.close = _display_line, _close_silently
+    bars: Any = tqdm  # its own class, of which those of libraries are subclasses
+    bars.display, bars.close = _display_line, _close_silently
     warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained")
     logging.getLogger("datasets.load").addFilter(_is_of_use)
 
