@@ -14,13 +14,14 @@ FIRST_STAGE = """
 import sys
 from pathlib import Path
 import sae_lens_matryoshka
-from sae_lens_matryoshka.demo.run import MODEL_NAME, write_model_and_texts
+from sae_lens_matryoshka.demo import run
 assert str(Path(sae_lens_matryoshka.__file__)).startswith(sys.argv[1]), sae_lens_matryoshka.__file__
 sae = sae_lens_matryoshka.load_sae("smollm2-135m-matryoshka")
 assert sae_lens_matryoshka.widths_of(sae) == [128, 384, 896, 1920, 4096]
 out = Path("demo_run")
-write_model_and_texts(out, seed=0)
-assert (out / MODEL_NAME / "model.safetensors").stat().st_size > 4_000_000
+run.N_TEXTS, run.N_HELD_OUT, run.N_LABELLED = 40, 40, 40
+run.write_model_and_texts(out, seed=0)
+assert (out / run.MODEL_NAME / "model.safetensors").stat().st_size > 4_000_000
 assert len(list(out.rglob("*.parquet"))) == 4
 """
 
