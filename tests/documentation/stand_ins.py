@@ -49,7 +49,7 @@ CONFIG = {  # CONFIG.yaml
     "streaming": False,
     "context_size": CONTEXT,
     "prepend_bos": True,
-    "training_tokens": 1024,
+    "training_tokens": 256,
     "train_batch_size_tokens": 256,
     "n_batches_in_buffer": 4,
     "store_batch_size_prompts": 8,
@@ -62,9 +62,8 @@ CONFIG = {  # CONFIG.yaml
     "sae": {
         "architecture": "matryoshka",
         "d_in": D_IN,
-        "d_sae": 512,
+        "d_sae": 16384,
         "k": 8,
-        "matryoshka_widths": [32, 128, 512],
     },
 }
 
