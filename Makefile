@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo smollm2 test test-plain test-evals lint docs
+.PHONY: demo smollm2 test test-plain test-evals notebook lint docs
 
 demo: .venv/installed
 	.venv/bin/sae-matryoshka demo --out demo_run
@@ -12,7 +12,7 @@ demo: .venv/installed
 smollm2: .venv/installed
 	.venv/bin/python -m examples.smollm2.prepare $(TEXTS:%=--texts %)
 
-test: test-plain test-evals
+test: test-plain test-evals notebook
 
 # What `pip install sae-lens-matryoshka` brings.
 test-plain: .venv-plain/installed .peers/installed
@@ -23,11 +23,20 @@ test-evals: export DEMO_RUN = $(DEMO:demo=$(CURDIR)/demo_run)
 test-evals: .venv/installed-dev $(DEMO)
 	.venv/bin/python -m pytest tests/saebench --timeout 1800  # one fixture runs every evaluation
 
+# The tutorial, in a folder of its own; with DEMO=demo the demo has downloaded its model.
+notebook: .venv/installed-dev $(DEMO)
+	mkdir -p tutorial_run && cp examples/tutorial.ipynb tutorial_run
+	if [ -d demo_run/HuggingFaceTB ]; then ln -sfn ../demo_run/HuggingFaceTB tutorial_run; fi
+	.venv/bin/python -m pytest --nbmake tutorial_run/tutorial.ipynb
+
+# The last two: the public API as a user's type checker sees it, and what PyPI gets.
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
 	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/pyright --pythonpath .venv/bin/python -p tests/typed
+	rm -rf dist && .venv/bin/python -m build --no-isolation && .venv/bin/twine check --strict dist/*
 
 # The site, in build/site; REPO_URL=URL links to the files of the repository there. The variable
 # silences an announcement of the theme's authors, which would look like a warning of the build.

@@ -18,9 +18,7 @@ _INPUT_STATE = ("ln_mu", "ln_std", "x_norm_coeff", "d_head")
 
 
 @torch.no_grad()
-def calibrate_threshold(
-    sae: JumpReLUSAE, activations: torch.Tensor, l0: float | None = None
-) -> None:
+def calibrate_threshold(sae: SAE[Any], activations: torch.Tensor, l0: float | None = None) -> None:
     """Set `sae.threshold` so that `l0` latents are active per activation, on average.
 
     One threshold for all latents stays one; thresholds that differ, as after `fold_W_dec_norm`, are

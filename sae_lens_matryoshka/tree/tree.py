@@ -1,5 +1,6 @@
 """The tree: latents, edges and their evidence."""
 
+import html
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class Tree:
     def __repr__(self) -> str:
         s = self.summary
         return f"Tree({s['n_latents']} latents, {s['n_passed']} edges)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the summary, and the strongest families."""
+        # report reads trees, so it can't be imported above
+        from sae_lens_matryoshka.tree.report import family_lines, summary_lines
+
+        lines = [*summary_lines(self), "", *family_lines(self, n_families=5)]
+        return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
     def parents(self, latent: int) -> list[int]:
         """The parents of a latent, the strongest first."""
