@@ -26,7 +26,8 @@ test-evals: .venv/installed-dev $(DEMO)
 # The tutorial, in a folder of its own; with DEMO=demo the demo has downloaded its model.
 notebook: .venv/installed-dev $(DEMO)
 	mkdir -p tutorial_run && cp examples/tutorial.ipynb tutorial_run
-	if [ -d demo_run/HuggingFaceTB ]; then ln -sfn ../demo_run/HuggingFaceTB tutorial_run; fi
+	if [ -d demo_run/HuggingFaceTB ] && [ ! -d tutorial_run/HuggingFaceTB ]; then \
+	  ln -sfn ../demo_run/HuggingFaceTB tutorial_run; fi
 	.venv/bin/python -m pytest --nbmake tutorial_run/tutorial.ipynb
 
 # The last two: the public API as a user's type checker sees it, and what PyPI gets.
