@@ -35,7 +35,7 @@ def distinct_children(tree: Tree, words: Sequence[Sequence[str]]) -> Bool[np.nda
     for parent, children in drawn_edges(tree).groupby("parent", sort=False)["child"]:
         seen = set(_compared(words[int(str(parent))]))
         for child in children.tolist():
-            own = _compared(words[child])[:_COMPARED]
+            own = _compared(words[int(child)])[:_COMPARED]
             if own and all(_is_readable(word) and word not in seen for word in own):
                 is_distinct[child] = True
                 seen.update(own)
