@@ -53,7 +53,8 @@ def family_lines(
         if not len(children):
             break
         density = tree.latents.loc[parent, "density"]
-        lines.append(f"latent {named(parent)}: {density:.2%} of tokens, {len(children)} children")
+        number = f"{len(children)} {'child' if len(children) == 1 else 'children'}"
+        lines.append(f"latent {named(parent)}: {density:.2%} of tokens, {number}")
         lines += [
             f"    {named(edge['child'])}: coverage {edge['coverage']:.2f} "
             f"[{edge['coverage_low']:.2f}, {edge['coverage_high']:.2f}], lift {edge['lift']:.1f}, "
