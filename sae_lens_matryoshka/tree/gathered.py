@@ -169,8 +169,11 @@ class Gathered:
         for shard in self.index.shards:
             with _opened(self.folder / shard.name) as file:
                 starts = file.get_slice("starts")[start : stop + 1]
-                own = slice(int(starts[0]), int(starts[-1]))
-                rows, values = (file.get_slice(name)[own] for name in ("rows", "values"))
+                begin, end = int(starts[0]), int(starts[-1])
+                rows, values = (  # safetensors refuses an empty slice behind the last element
+                    file.get_slice(name)[begin:end] if begin < end else file.get_tensor(name)[:0]
+                    for name in ("rows", "values")
+                )
             yield first, starts, rows, values
             first += shard.n_rows
 

@@ -63,9 +63,11 @@ def test_sums_and_codes_equal_dense_ones(x, tmp_path):
     # rows from the first shard's end on, beside those that many rows before
     shifted = fires[: N_TOKENS - ROWS].T @ x.numpy()[ROWS:]
     np.testing.assert_allclose(gathered.sums["shifted"], shifted, rtol=1e-5, atol=1e-5)
-    tokens, values = gathered.activations_of(1)
-    np.testing.assert_array_equal(tokens, acts[:, 1].nonzero()[0])
-    np.testing.assert_array_equal(values, acts[tokens, 1])
+    assert fires[:, 7].sum() == 0, "the last one never fires"
+    for latent in (1, 7):
+        tokens, values = gathered.activations_of(latent)
+        np.testing.assert_array_equal(tokens, acts[:, latent].nonzero()[0])
+        np.testing.assert_array_equal(values, acts[tokens, latent])
 
 
 @pytest.mark.parametrize("n_written", [0, 1, 7, 12])
