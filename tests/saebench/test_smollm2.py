@@ -31,7 +31,7 @@ from examples.smollm2 import run
 from tests.saebench.test_smollm2 import ARM
 
 run.all_arms, run.tuning_arms = lambda: [ARM], lambda: []
-run.N_ROWS, run._N_HELD_OUT = {ARM.layer: 40_000}, 8_000
+run.N_ROWS, run._N_HELD_OUT = {ARM.layer: 80_000}, 8_000
 run.evaluated_widths = lambda arm, evaluation: [arm.d_sae]
 run.SETTINGS = {
     "absorption": {"n_words": 520, "min_feats_for_eval": 2, "k_sparse_probe_num_epochs": 10},
@@ -94,6 +94,16 @@ def test_levels_and_l0(result: dict[str, Any]) -> None:
     l0s = [level["l0"] for level in result["levels"]]
     assert l0s == sorted(l0s)
     assert l0s[-1] == pytest.approx(ARM.k, rel=0.25)  # of other texts, after few steps
+
+
+def test_edges_of_the_tree_are_counted(result: dict[str, Any]) -> None:
+    by_frequency, by_level = result["tree"]["frequency"], result["tree"]["level"]
+    assert by_level["n_looked_at"] < by_frequency["n_looked_at"]  # some pairs are of one level
+    for counts in (by_frequency, by_level):
+        assert counts["n_latents"] == 512
+        assert 0 < counts["n_tested"] <= counts["n_looked_at"]
+        assert counts["n_families"] <= counts["n_parents"] <= counts["n_passed"]
+        assert counts["n_children"] <= counts["n_passed"] <= counts["n_tested"]
 
 
 def test_absorption(result: dict[str, Any]) -> None:
