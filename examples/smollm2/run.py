@@ -168,10 +168,15 @@ class Experiment:
         self._add(arm, {"levels": levels})
 
     def build_tree(self, arm: Arm) -> None:
-        """Count the edges of an SAE's tree on held-out activations, if it is trained."""
+        """Count the edges of an SAE's tree on held-out texts, if it is trained."""
         if self._is_trained(arm) and "tree" not in self.result(arm):
-            held_out = self._cached(arm.layer, "held_out", _N_HELD_OUT)
-            self._add(arm, {"tree": count_edges(self._sae(arm), held_out)})
+            # on texts and not on cached activations, which are shuffled: the tests look at which
+            # tokens are near each other
+            page = self.work / f"tree_{arm.name}"
+            texts = ("--dataset", "texts/held_out", "--tokens", _N_HELD_OUT)
+            self._run("tree", self._sae(arm), *texts, "--out", page)
+            self._add(arm, {"tree": count_edges(self._sae(arm), page)})
+            shutil.rmtree(page)
 
     def evaluate(self, arms: Iterable[Arm]) -> bool:
         """Run SAEBench on those SAEs that are trained, where results are missing.
