@@ -154,6 +154,7 @@ def _train(
         return 1
     if cfg.output_path is not None and is_first:
         print(f"The trained SAE is in {cfg.output_path}.")
+        print(f"Its levels: sae-matryoshka levels {shlex.quote(str(cfg.output_path))}")
     return 0
 
 

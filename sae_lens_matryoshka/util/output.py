@@ -7,14 +7,14 @@ from typing import Any
 
 from tqdm.std import tqdm
 
-SECONDS = 300  # between two lines of one bar
+FIRST, SECONDS = 10, 60  # until the first line of a bar, and between two others
 
 
 def tidy_output() -> None:
     """Let libraries print in this process what helps whoever runs a command.
 
-    Where a tqdm bar writes to a file, it becomes a line every five minutes; redrawn there, it
-    leaves each of its states. On a terminal it stays as it is. Left out is what SAELens says on
+    Where a tqdm bar writes to a file, it becomes a line after ten seconds and each minute; redrawn
+    there, it leaves each of its states. On a terminal it stays as it is. Left out is what SAELens says on
     arguments for the model, with which commands load it, and what datasets says on an argument
     that SAELens passes.
     """
@@ -35,7 +35,7 @@ def _display_line(
     if bar.fp.isatty():
         return display(bar, msg, pos)
     now = time.monotonic()
-    if now - bar.__dict__.setdefault("line_written_at", now) >= SECONDS:
+    if now - bar.__dict__.setdefault("line_written_at", now + FIRST - SECONDS) >= SECONDS:
         bar.line_written_at = now
         bar.fp.write(bar.format_meter(**{**bar.format_dict, "ncols": 0}) + "\n")  # without the bar
     return True
