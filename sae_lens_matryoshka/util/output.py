@@ -14,9 +14,9 @@ def tidy_output() -> None:
     """Let libraries print in this process what helps whoever runs a command.
 
     Where a tqdm bar writes to a file, it becomes a line after ten seconds and each minute; redrawn
-    there, it leaves each of its states. On a terminal it stays as it is. Left out is what SAELens says on
-    arguments for the model, with which commands load it, and what datasets says on an argument
-    that SAELens passes.
+    there, it leaves each of its states. On a terminal it stays as it is. Left out is what SAELens
+    says on arguments for the model, with which commands load it, and what datasets says on an
+    argument that SAELens passes.
     """
     bars: Any = tqdm  # its own class, of which those of libraries are subclasses
     bars.display, bars.close = _display_line, _close_silently
