@@ -132,6 +132,7 @@ def start_small(self: Any, cfg: Any, *args: Any, **options: Any) -> None:
     for name, value in small.items():
         setattr(cfg, name, value)
     cfg.sae.device = "cpu"
+    cfg.logger.log_to_wandb = False  # a second run of W&B in this process would be of the first
     layers = int(cfg.hook_name.split(".")[1]) + 1
     model = tiny_model(n_layers=layers, d_model=cfg.sae.d_in, d_head=8, d_mlp=16)
     return _start(self, cfg, override_model=model, override_dataset=token_dataset())
