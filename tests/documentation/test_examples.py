@@ -1,5 +1,6 @@
 """Every Python block of README.md and docs/ runs; every command is read by its own parser."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,15 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return stand_ins.names(folder)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The variables that commands and examples set end with the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
