@@ -14,13 +14,19 @@ from datasets.exceptions import DatasetsError
 from jaxtyping import Int
 from sae_lens import SAE, ActivationsStore
 
+from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.tree.chance import clustering_of
 from sae_lens_matryoshka.tree.coactivation import Eligible
 from sae_lens_matryoshka.tree.edges import RULES, Rules, find_edges
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.gathering import as_inference, discard, gather
-from sae_lens_matryoshka.tree.sources import ModelOnTexts, Source, StoredActivations
+from sae_lens_matryoshka.tree.sources import (
+    ModelOnTexts,
+    Source,
+    StoredActivations,
+    rows_per_shard,
+)
 from sae_lens_matryoshka.tree.tree import Tree
 from sae_lens_matryoshka.util.checks import checked_count, checked_number, invalid_option
 
@@ -53,7 +59,7 @@ def build_tree(
             the tests look at which tokens are near each other.
         edges: "tested", or "coverage" for P(parent | child) ≥ `min_coverage` alone.
         min_coverage: Least P(parent | child) of a pair that is tested.
-        batch_size_prompts: Prompts that the model runs at a time.
+        batch_size_prompts: Prompts that the model runs at a time, at most.
         folder: Where to keep what is gathered (see `tree.gathered`), so that an interrupted pass
             resumes; by default a temporary folder. If the tokens are too few, it is emptied.
 
@@ -175,13 +181,15 @@ def _texts(
             )
     if metadata.hook_name not in model.hook_dict:
         raise ValueError(f"the model has no hook {metadata.hook_name!r}.")
+    # the shifted copy of the tests needs several shards, also of few tokens
+    most = max(1, rows_per_shard(n_tokens, sae.cfg.d_in) // metadata.context_size)
     try:
         store = ActivationsStore.from_sae(
             model,
             sae,
             dataset=dataset,
             streaming=isinstance(dataset, str) and not Path(dataset).exists(),
-            store_batch_size_prompts=checked_count("batch_size_prompts", n_prompts),
+            store_batch_size_prompts=min(checked_count("batch_size_prompts", n_prompts), most),
             total_tokens=n_tokens,
             device=str(sae.device),
         )
@@ -191,6 +199,12 @@ def _texts(
 
 
 def _too_few_tokens(gathered: Gathered) -> TooFewTokensError:
+    n_prompts = gathered.index.settings.get("prompts_per_batch", 1)
+    if len(gathered.index.shards) == 1 and n_prompts > 1 and gathered.n_tokens > BLOCK_ROWS:
+        return TooFewTokensError(
+            f"the data set ends after {gathered.n_tokens:,} tokens, which the model read at once: "
+            f"give batch_size_prompts below {n_prompts}, or n_tokens={gathered.n_tokens}."
+        )
     alive = np.sort(gathered.counts[gathered.counts > 0])[::-1]
     if not len(alive):
         return TooFewTokensError(f"no latent fires on these {gathered.n_tokens:,} tokens.")

@@ -73,13 +73,14 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         unit_scale=True,
         leave=False,
     ) as bar:
-        n_left = n_tokens - n_before
-        while n_left > 0:
-            shard = _read(batches, min(n_left, rows_per_shard(n_tokens, cfg.d_in)), n_left)
-            if not shard:
-                break
-            index = _add_shard(encoder, folder, index, shard, bar)
-            n_left -= index.shards[-1].n_rows
+        n_left, n_rows = n_tokens - n_before, rows_per_shard(n_tokens, cfg.d_in)
+        while n_left > 0 and (read := _read(batches, min(n_left, n_rows), n_left)):
+            n_read = sum(len(batch.x) for batch in read)
+            # a source that ends within the first shard: the shifted copy needs several
+            n_shards = len(read) if not index.shards and n_read < min(n_left, n_rows) else 1
+            for part in np.array_split(np.arange(len(read)), min(n_shards, 16)):
+                index = _add_shard(encoder, folder, index, [read[i] for i in part], bar)
+            n_left -= n_read
     if not index.shards:
         raise ValueError("there are no activations to build a tree from.")
     replace(index, is_complete=True).write(folder)

@@ -152,10 +152,11 @@ def main(out: Path) -> None:
             )
             share = batches.unflatten(1, (n, -1))[:, rank]
             joined = train(name, dtype, share, dist.group.WORLD, name in SHARDED)
-            alone = train(name, dtype, batches, None)
-            errors[f"{name} {dtype}"] = {
-                key: relative_error(joined[key], value) for key, value in alone.items()
-            }
+            if rank == 0:
+                alone = train(name, dtype, batches, None)
+                errors[f"{name} {dtype}"] = {
+                    key: relative_error(joined[key], value) for key, value in alone.items()
+                }
     if rank == 0:
         out.write_text(json.dumps(errors))
     dist.destroy_process_group()

@@ -19,7 +19,7 @@ from tests.levels.test_stats import jumprelu
 from tests.steps import spread
 from tests.tiny import D_MODEL, N_CTX, tiny_model, token_dataset
 
-HOOK, N_PROMPTS, EXCLUDED = "blocks.1.hook_resid_pre", 64, [3, 7]
+HOOK, N_PROMPTS, EXCLUDED = "blocks.1.hook_resid_pre", 16, [3, 7]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,26 @@ def test_rows_are_those_of_training(sae, data, folder):
     # a shard holds whole batches of prompts, the last one up to where the tokens end
     assert all(gathered.tokens(i).shape[1] == N_CTX for i in shards)
     assert prompts[gathered.index.shards[0].n_rows] % N_PROMPTS == 0
+
+
+@pytest.mark.parametrize(("n_tokens", "n_prompts"), [(4000, 400), (1_000_000, N_PROMPTS)])
+def test_few_texts_are_read_in_several_parts(sae, data, folder, tmp_path, n_tokens, n_prompts):
+    out = tmp_path / "g"
+    build_tree(sae, tiny_model(), data, n_tokens, batch_size_prompts=n_prompts, folder=out)
+    few, expected = Gathered(out), Gathered(folder)
+    assert 8 <= len(few.index.shards) <= 16
+    assert few.n_tokens >= expected.n_tokens
+    codes = [
+        np.concatenate([g.codes(i).toarray() for i in range(len(g.index.shards))])[:4000]
+        for g in (few, expected)
+    ]
+    np.testing.assert_allclose(*codes, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_are_read_at_once_have_no_shifted_copy(sae, data, tmp_path):
+    message = r"ends after [\d,]+ tokens, .*: give batch_size_prompts below 400, or n_tokens=\d+\."
+    with pytest.raises(ValueError, match=message):
+        build_tree(sae, tiny_model(), data, batch_size_prompts=400, folder=tmp_path / "g")
 
 
 def test_it_resumes_at_the_next_prompts(sae, data, folder, tmp_path, monkeypatch):
