@@ -63,7 +63,7 @@ def run_demo(out: Path, seed: int = 0) -> int:
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
     }
-    stage("Importing libraries; the whole demo takes about six minutes on two cores")
+    stage("Importing libraries; the whole demo takes about five minutes on two cores")
     command = [sys.executable, "-m", "sae_lens_matryoshka.demo.compare", str(seed)]
     return subprocess.run(command, cwd=out, env=environment, check=False).returncode
 
