@@ -272,7 +272,7 @@ class Experiment:
         return file
 
     def _resume(self, arm: Arm) -> list[str]:
-        states = self._checkpoints(arm).rglob("trainer_state.pt")
+        states = self._checkpoints(arm).glob("*/[!.]*/trainer_state.pt")  # not those half-written
         newest = max(states, key=lambda file: file.stat().st_mtime, default=None)
         return [] if newest is None else ["--resume_from_checkpoint", str(newest.parent)]
 

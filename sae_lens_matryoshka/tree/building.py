@@ -21,6 +21,7 @@ from sae_lens_matryoshka.tree.coactivation import Eligible
 from sae_lens_matryoshka.tree.edges import RULES, Rules, find_edges
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.gathering import as_inference, discard, gather
+from sae_lens_matryoshka.tree.nearby import BLOCK
 from sae_lens_matryoshka.tree.sources import (
     ModelOnTexts,
     Source,
@@ -129,7 +130,12 @@ def tree_of(gathered: Gathered, sae: SAE[Any], rules: Rules | None = None) -> Tr
     settings = {
         "sae": {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae, "widths": widths_or_all(sae)},
         "source": gathered.index.settings,
-        "rules": {**asdict(rules), "min_firings": MIN_FIRINGS, "parents_by_level": by_level},
+        "rules": {
+            **asdict(rules),
+            "min_firings": MIN_FIRINGS,
+            "nearby_block": BLOCK,
+            "parents_by_level": by_level,
+        },
     }
     return Tree(latents, edges, summary, settings)
 

@@ -61,12 +61,15 @@ def result(data: Path) -> dict[str, Any]:
     experiment = start(data)
     checkpoints = data / "experiment" / "checkpoints" / ARM.name
     deadline = time.monotonic() + 300
-    while not list(checkpoints.rglob("trainer_state.pt")):
+    while not (finished := list(checkpoints.glob("*/[!.]*/trainer_state.pt"))):
         assert experiment.poll() is None, output(data)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(experiment.pid, signal.SIGKILL)
     experiment.wait()
+    half_written = finished[0].parents[1] / ".99999.unfinished"
+    half_written.mkdir()
+    (half_written / "trainer_state.pt").touch()  # newer than the checkpoint
     assert start(data).wait(timeout=600) == 0, output(data)
     assert "--resume_from_checkpoint" in (data / "log").read_text()
     assert not checkpoints.exists()

@@ -73,10 +73,11 @@ def test_from_a_root_to_a_grandchild(odd, opened):
     tree = Tree.load(odd.parent / "tree.json")
     evidence = tree.edge(CHILD, GRANDCHILD)
     expect(edge).to_contain_text(f"On {evidence['n_both']} of them, 100 %, {CHILD} fires too")
-    expect(edge).to_contain_text(f"of {tree.summary['n_shifted_tested']} pair")
+    expect(edge).to_contain_text(f"{tree.summary['n_shifted_tested']} pairs reach the coverage")
     assert edge.locator("li.ok").count() == 5
     expect(edge).to_contain_text(f"Where {CHILD} fires most:")
-    assert edge.locator(".firing .peak").count() == 3
+    assert edge.locator(".firing .peak").count() == 6  # three of the child's, three of the parent's
+    assert edge.locator(".firing .also .peak").count() == 3  # the parent fires there too
     edge.locator("a.latent").click()
     expect(page.locator("h2")).to_contain_text(f"Latent {CHILD}")
     expect(page.locator("#family h3").first).to_have_text("Parents 1")
@@ -275,6 +276,8 @@ def test_no_edge(none, opened):
 def test_a_phone(scheme, odd, opened):
     page = opened(odd, viewport={"width": 375, "height": 700}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    expect(page.locator("#about")).to_contain_text("Start here")
+    page.get_by_role("link", name="Forest").click()
     row(page, PARENT).click()
     expect(page.locator("h2")).to_contain_text(f"Latent {PARENT}")
     expect(page.locator("#forest")).to_be_hidden()
@@ -283,6 +286,9 @@ def test_a_phone(scheme, odd, opened):
     assert (max(map(int, re.findall(r"\d+", background))) < 60) == (scheme == "dark")
     page.get_by_role("link", name="back").click()
     expect(row(page, PARENT)).to_be_visible()
+    row(page, PARENT).click()
+    page.get_by_role("link", name="Texts").click()
+    expect(page.locator("#tokens")).to_be_visible()
 
 
 def test_a_missing_file_is_named(none, browser, tmp_path):

@@ -10,9 +10,10 @@ from sae_lens_matryoshka.tree import Tree
 from sae_lens_matryoshka.tree.examples import find_examples
 from sae_lens_matryoshka.tree.gathered import Gathered
 from sae_lens_matryoshka.tree.page import write_page
+from sae_lens_matryoshka.tree.page.corpus import Corpus
 from sae_lens_matryoshka.tree.page.weights import logit_lens, neighbours
 from tests.tree.pages import HOOK, model
-from tests.tree.worlds import exact_sae
+from tests.tree.worlds import CHILD, GRANDCHILD, PARENT, exact_sae
 
 
 def test_what_each_level_explains(odd, sae):
@@ -31,6 +32,19 @@ def test_what_each_level_explains(odd, sae):
         total = 1 - error.sum() / (x - mean).square().sum()
         assert text["total"][level] == pytest.approx(float(total), rel=0.01, abs=1e-3)
     assert text["explained"][0] is text["latents"][0] is None
+
+
+def test_examples_say_where_the_parent_fires(odd):
+    file = (odd.parent / "data/latents-0.js").read_text()
+    latents = json.loads(file[len('receive("latents-0",') : -2])["latents"]
+    corpus = Corpus(Gathered(odd.parent / "gathered"))
+    fires, _ = Gathered(odd.parent / "gathered").activations_of(CHILD)
+    places = set(corpus.place_of_row[fires].tolist())
+    for row, peak, words, _, marked in latents[GRANDCHILD]["top"][:3]:
+        first = int(corpus.place_of_row[row]) - peak
+        assert marked == [i for i in range(len(words)) if first + i in places]
+        assert peak in marked
+    assert all(len(example) == 4 for example in latents[PARENT]["top"])
 
 
 def test_a_failed_page_leaves_the_earlier_one(none, monkeypatch):

@@ -3,7 +3,6 @@
 
 const CHANGES = { add: "add to the activation", set: "set the activation to", scale: "scale the activation by", ablate: "ablate" };
 const WHAT = { latent: "alone", family: "and its children", level: "and its whole level" };
-const narrow = matchMedia("(max-width: 820px)"); // as in page.css
 const steering = { mode: "add", latent: undefined, changes: [] }; // the latent seen last; of {what, latent, value, max}
 
 const style = new CSSStyleSheet();

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sae_lens_matryoshka.tree.page.weights import LogitLens, Nearest
 from sae_lens_matryoshka.tree.tree import Tree
 
 CHUNK = 64  # latents of a file
-_N_TOP, _N_OF_QUANTILE = 12, 3  # examples that are shown
+_N_TOP, _N_OF_QUANTILE, _N_IN_EVIDENCE = 12, 3, 3  # examples that are shown
 
 
 @dataclass
@@ -64,6 +65,9 @@ class Details:
         """The files' contents, of `CHUNK` latents each."""
         relations = Relations(self.tree.edges)
         activations = Activations(self.gathered.n_tokens)
+        parent_of = self.tree.latents["parent"].tolist()
+        # children of a parent lie in many files
+        rows_of = lru_cache(maxsize=256)(lambda latent: self.gathered.activations_of(latent)[0])
         numbers = {
             name: self.tree.latents[name].tolist() for name in ("mean_activation", "max_activation")
         }
@@ -87,6 +91,8 @@ class Details:
                 detail["top"] = self._shown(
                     self.examples.top_tokens[latent], activations, words, _N_TOP
                 )
+                if parent_of[latent] >= 0:
+                    self._add_parent(detail["top"], rows_of(parent_of[latent]))
                 detail["quantiles"] = [
                     self._shown(of_quantile, activations, words, _N_OF_QUANTILE)
                     for of_quantile in self.examples.quantile_tokens[latent]
@@ -111,6 +117,18 @@ class Details:
             "promoted": tokens(self.lens.promoted) if self.lens else [],
             "suppressed": tokens(self.lens.suppressed) if self.lens else [],
         }
+
+    def _add_parent(self, shown: list[list[Any]], fires: Int[np.ndarray, " n"]) -> None:
+        """Add to the first examples the places where the parent fires, as the evidence shows them."""
+        if self.corpus is None:
+            return
+        shown = shown[:_N_IN_EVIDENCE]
+        windows = self.corpus.windows(np.array([row for row, *_ in shown]))
+        run = self.corpus.row_at_place[windows]
+        both = (windows >= 0) & np.isin(run, fires)
+        for example, places, own in zip(shown, windows, both, strict=True):
+            first = int((places >= 0).argmax())
+            example.append((own.nonzero()[0] - first).tolist())
 
     def _shown(
         self,

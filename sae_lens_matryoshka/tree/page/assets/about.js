@@ -29,7 +29,7 @@ function aboutView() {
       h("li", {}, h("b", {}, "Not only the topic. "), "Beyond how often the parent fires on the tokens around, where the child is silent."),
       h("li", {}, h("b", {}, "Not chance. "), "A p-value for two latents that keep their rate and their clusters, corrected for all pairs."),
       h("li", {}, h("b", {}, "Presence. "), "Where the child fires, the activations really contain the parent's direction."),
-      h("li", {}, h("b", {}, "Direction. "), "The parent's direction is among the nearest to the child's."))
+      h("li", {}, h("b", {}, "Direction. "), "The parent's decoder row is among the nearest to the direction in which the activations differ where the child fires."))
       : h("p", { class: "warning" }, "Only coverage was asked for: these edges did not have to pass any other test."),
     h("p", {}, nullSentence()),
     h("p", { class: "quiet" }, "An edge says that one latent's tokens are nearly all tokens of another, and nothing about what they mean. " +

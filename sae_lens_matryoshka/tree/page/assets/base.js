@@ -55,7 +55,7 @@ function percent(share) {
   if (share === null) return "unknown";
   const value = 100 * share;
   const digits = value === 0 || value >= 99.95 ? 0 : value >= 10 ? 0 : value >= 1 ? 1 : 2;
-  return value > 0 && value < 0.01 ? "<0.01 %" : `${value.toFixed(value > 99 && value < 99.95 ? 1 : digits)} %`;
+  return value > 0 && value < 0.01 ? "<0.01\u00a0%" : `${value.toFixed(value > 99 && value < 99.95 ? 1 : digits)}\u00a0%`;
 }
 
 function levelOf(latent) {

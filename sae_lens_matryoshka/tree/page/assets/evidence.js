@@ -13,16 +13,17 @@ const ordinal = (n) => {
 function tests(edge, parent, child) {
   const { rules, sae } = index.settings;
   const rate = index.fired[parent] / index.summary.n_tokens;
-  const way = (share) => `${percent(Math.max(0, share))} of the way to certainty; at least ${percent(rules.min_excess)} is needed`;
+  const way = (share, from) => `The lower end of the interval lies ${percent(Math.max(0, share))} of the way from these ${percent(from)} to 100\u00a0%; ` +
+    `at least ${percent(rules.min_excess)} is needed.`;
   return [
     [edge.coverage >= rules.min_coverage && edge.excess_low >= rules.min_excess, "Coverage",
       `${child} fires on ${count(index.fired[child])} tokens. On ${count(edge.n_both)} of them, ${percent(edge.coverage)}, ` +
       `${parent} fires too (95 % interval: ${percent(edge.coverage_low)} to ${percent(edge.coverage_high)}). ` +
-      `On all tokens ${parent} fires on ${percent(rate)}; from there, the interval begins ${way(edge.excess_low)}.`],
+      `On all tokens ${parent} fires on ${percent(rate)}. ${way(edge.excess_low, rate)}`],
     [edge.nearby_excess_low >= rules.min_excess, "Not only the topic",
       edge.nearby === null ? `There are no tokens near those of ${child} where it is silent.`
-        : `Near the tokens of ${child}, where ${child} is silent, ${parent} fires on ${percent(edge.nearby)}; from there, ` +
-          `the interval begins ${way(edge.nearby_excess_low)}.`],
+        : `On the tokens around those of ${child}, within blocks of ${rules.nearby_block}, where ${child} is silent, ${parent} fires on ` +
+          `${percent(edge.nearby)}. ${way(edge.nearby_excess_low, edge.nearby)}`],
     [edge.p_corrected < rules.alpha, "Not chance",
       `Shifted along the text, so that each keeps its rate and its clusters, the two would meet on ` +
       `${short(edge.n_expected)} ± ${short(edge.n_expected_sd)} tokens. They meet on ${count(edge.n_both)}: ` +
@@ -45,9 +46,15 @@ function edgeRow(edge, parent, child, shown) {
     if (row.children.length > 1) return;
     const firing = h("div", { class: "firing" });
     row.append(firing, ...evidence(edge, parent, child));
-    if (index.has_words)
-      detailOf(shown).then((detail) => firing.append(
-        h("p", { class: "quiet" }, `Where ${shown} fires most:`), ...detail.top.slice(0, 3).map((values) => example(values, detail))), showError);
+    if (!index.has_words) return;
+    const isDrawn = index.parent[child] === parent; // only then the child's examples say where the parent fires
+    const latents = isDrawn && shown !== child ? [child, shown] : [shown];
+    Promise.all(latents.map(detailOf)).then((details) => details.forEach((detail, i) => {
+      const withParent = isDrawn && latents[i] === child;
+      firing.append(
+        h("p", { class: "quiet" }, `Where ${latents[i]} fires most${withParent ? `; a line above the tokens where ${parent} fires too` : ""}:`),
+        ...detail.top.slice(0, 3).map((values) => example(values, detail, withParent ? parent : undefined)));
+    }), showError);
   } },
   h("summary", {}, latentLink(shown),
     failed.length ? h("span", { class: "quiet" }, `fails: ${failed.join(", ")}`) : null,
@@ -69,6 +76,7 @@ function evidence(edge, parent, child) {
 
 function nullSentence() {
   const { n_shifted_tested: tested, n_shifted_passed: passed } = index.summary;
-  return `The null: of ${counted(tested, "pair", "pairs")} that were tested in a copy of the data whose children are shifted ` +
-    `along the text, ${count(passed)} ${passed === 1 ? "passes" : "pass"}; here ${count(index.summary.n_passed)} of ${count(index.summary.n_tested)}.`;
+  return `The null, over all pairs: in a copy of the data whose children are shifted along the text, ${counted(tested, "pair reaches", "pairs reach")} ` +
+    `the coverage to be tested, and ${count(passed)} of them ${passed === 1 ? "passes" : "pass"}. In the data ${count(index.summary.n_tested)} reach it, ` +
+    `and ${count(index.summary.n_passed)} pass.`;
 }

@@ -114,9 +114,9 @@ function forestView() {
       h("span", { class: "cell kin", title: "latents that stand under it" }, "children"),
       h("span", { class: "cell covers", title: "on how many of its tokens its parent fires too" }, "with parent"),
       h("span", { class: "cell fires", title: "of all tokens" }, "fires on")),
+    h("p", { id: "found", class: "quiet", role: "status" }),
     h("div", { id: "rows", role: "tree", tabindex: "0", "aria-label": "Latents", onscroll: drawRows, onkeydown: forestKey },
-      h("div", { id: "space" })),
-    h("p", { id: "found", class: "quiet", role: "status" }));
+      h("div", { id: "space" })));
 }
 
 const scroller = () => document.getElementById("rows");
@@ -153,7 +153,7 @@ function forestRow(latent, i) {
   const parent = index.parent[latent];
   const isSelected = state().latent === String(latent);
   return h("div", {
-    class: `row ${colour(latent)}${i === forest.active ? " active" : ""}${isSelected ? " selected" : ""}`,
+    class: `row ${colour(latent)}${above.length || forest.query ? "" : " root"}${i === forest.active ? " active" : ""}${isSelected ? " selected" : ""}`,
     id: `row-${latent}`, role: "treeitem", "aria-level": above.length + 1, "aria-selected": isSelected ? "true" : "false",
     "aria-expanded": children && !forest.query ? String(isOpen) : undefined,
     style: `top:${i * ROW}px;--column:${columnOf(latent)}`,

@@ -34,7 +34,8 @@ async function latentView(latent) {
     fired ? histogram(detail) : null,
     promoted(detail),
     h("h3", {}, "Nearest decoder rows"),
-    h("p", { class: "quiet" }, "By cosine, over all latents. 1 is the same direction, 0 none in common."),
+    h("p", { class: "quiet" }, "By cosine, over all latents. 1 is the same direction, 0 none in common. A parent need not be among them: it " +
+      "fires as well, and writes what both share."),
     h("ul", { class: "plain" }, detail.neighbours.map(([other, cosine]) =>
       h("li", {}, latentLink(other), h("span", { class: "cell" }, cosine.toFixed(2))))));
 }
@@ -76,13 +77,15 @@ function family(latent, detail) {
   if (parent >= 0)
     detailOf(parent).then((of) => {
       const others = of.children.filter((value) => edgeOf(value).other !== latent);
-      siblings.append(...group("Siblings", `Other children of ${parent}, its strongest parent.`,
+      siblings.append(...group("Siblings", `Other children of ${parent}, its strongest parent. The bar shows how often ${parent} fires where they do.`,
         rows(others, (edge) => edgeRow(edge, parent, edge.other, edge.other))));
     }, showError);
   return h("div", { id: "family" },
     group("Parents", "More general: where this latent fires, they mostly do too. The bar shows how often; click it for the evidence.", rows(passed, asParent)),
     group("Children", "More special: where they fire, this latent mostly does too. The bar shows how often; click it for the evidence." +
-      (nElsewhere ? ` The first ${nDrawn} stand under it in the forest; the other ${nElsewhere} have a stronger parent.` : ""), rows(children, asChild)),
+      (nDrawn > 1 ? " Those with words of their own come first." : "") +
+      (!nElsewhere ? "" : nDrawn ? ` The first ${nDrawn} stand under it in the forest; the other ${nElsewhere} have a stronger parent.`
+        : " In the forest they stand under a stronger parent."), rows(children, asChild)),
     siblings,
     passed.length || detail.children.length ? null
       : h("p", { class: "quiet" }, "No edge to or from this latent passed the tests."),
@@ -122,16 +125,19 @@ function fifthTitle(i, n) {
   return i === n - 1 ? "Weakest fifth" : `${["", "Second", "Third", "Fourth"][i] || `${i + 1}th`} fifth`;
 }
 
-function example([row, peak, words, flat], detail) {
+// `parent`: the latent whose tokens get a line above.
+function example([row, peak, words, flat, ofParent], detail, parent) {
   const strengths = new Map();
+  const also = new Set(parent === undefined ? [] : ofParent);
   for (let i = 0; i < flat.length; i += 2) strengths.set(flat[i], flat[i + 1]);
   if (!words.length) return h("p", { class: "example" }, `token ${count(row)}: activation ${short(flat[1])}`);
   const parts = [];
   words.forEach((word, place) => {
     const text = visible(detail.wordsOfFile[word]);
     const strength = strengths.get(place);
-    if (strength === undefined && place !== peak) parts.push(text);
-    else parts.push(shaded(text, (strength || 0) / detail.max, place === peak, `activation ${short(strength || 0)}`));
+    const token = strength === undefined && place !== peak ? text
+      : shaded(text, (strength || 0) / detail.max, place === peak, `activation ${short(strength || 0)}`);
+    parts.push(also.has(place) ? h("span", { class: `also ${colour(parent)}`, title: `${parent} fires too` }, token) : token);
   });
   return h("p", { class: "example", dir: "auto" }, parts);
 }

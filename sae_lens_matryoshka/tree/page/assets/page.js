@@ -5,6 +5,7 @@ function showError(error) {
   document.getElementById("right").replaceChildren(h("p", { class: "warning" }, error.message));
 }
 
+const narrow = matchMedia("(max-width: 820px)"); // as in page.css
 let shown = {}; // the state that is drawn
 
 async function show() {
@@ -37,12 +38,13 @@ async function show() {
 }
 
 function drawNav(isText) {
-  const { text: _, token: __, about: ___, ...others } = state();
+  const { text: _, token: __, about: ___, ...wide } = state();
+  const others = narrow.matches ? {} : wide; // a phone shows a latent instead of the forest or the text
   const link = (title, href, isHere) => h("a", { href, "aria-current": isHere ? "page" : undefined }, title);
   document.getElementById("nav").replaceChildren(
     link("Forest", address(others), !isText),
     index.texts.length ? link("Texts", address({ ...others, text: 0 }), isText) : "",
-    link("Guide", address({ about: 1 }), false),
+    link("Guide", address({ about: 1 }), "about" in state()),
     h("button", { onclick: exportLabels }, "Export labels"));
 }
 
@@ -62,11 +64,13 @@ document.addEventListener("keydown", (event) => {
 });
 addEventListener("hashchange", show);
 addEventListener("resize", () => scroller() && drawRows());
+narrow.addEventListener("change", () => drawNav(state().text in index.texts));
 
 load("index").then((value) => {
   index = value;
   startOfLevel = [0, ...index.settings.sae.widths.slice(0, -1)];
   readLabels();
   prepareForest();
+  if (narrow.matches && !location.hash) return location.replace(address({ about: 1 })); // beside the forest on wide screens
   return show();
 }).catch(showError);
