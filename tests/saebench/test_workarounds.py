@@ -64,7 +64,9 @@ def test_an_sae_of_transformers_own_model(everything: Output, saes: Path, tmp_pa
         "model_from_pretrained_kwargs": {"attn_implementation": "eager"},
     }
     (folder / "cfg.json").write_text(json.dumps(config))
-    output = run_eval(tmp_path / "out", str(folder), "--levels", "5", "--seeds", "1", *flags("core"))
+    output = run_eval(
+        tmp_path / "out", str(folder), "--levels", "5", "--seeds", "1", *flags("core")
+    )
     assert output.code == 0, output.text
     for label in ("variance explained", "CE loss score", "L0"):
         assert output.score("renamed", label) == everything.score("trained", label)

@@ -119,7 +119,7 @@ class Details:
         }
 
     def _add_parent(self, shown: list[list[Any]], fires: Int[np.ndarray, " n"]) -> None:
-        """Add to the first examples the places where the parent fires, as the evidence shows them."""
+        """Add to the first examples, those of the evidence, the places where the parent fires."""
         if self.corpus is None:
             return
         shown = shown[:_N_IN_EVIDENCE]

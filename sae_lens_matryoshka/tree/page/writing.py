@@ -150,8 +150,8 @@ def _index(
 ) -> dict[str, Any]:
     drawn = tree.edges[tree.edges["strongest"].astype(bool)].set_index("child")
     by_latent = {
-        name: [rounded(v, 4) for v in drawn[name].reindex(tree.latents.index, fill_value=0).tolist()]
-        for name in ("coverage", "information")
+        name: [rounded(v, 4) for v in values.reindex(tree.latents.index, fill_value=0).tolist()]
+        for name, values in drawn[["coverage", "information"]].items()
     }
     words = [] if corpus is None else words_of_latents(corpus, examples, text_of)  # [] if unknown
     return {
