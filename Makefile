@@ -1,6 +1,7 @@
 # Each target makes the environment it needs; PYTHON may name any Python from 3.10 on.
 PYTHON ?= python3
-PIP = -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, when it is: that of all packages takes most of a minute.
+PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo smollm2 test test-plain test-evals notebook lint docs
 

@@ -17,7 +17,7 @@ from sae_lens_matryoshka.runs.trainer import MatryoshkaTrainer
 from tests.runs.variants import SHARDED, VARIANTS, variant_config
 from tests.steps import relative_error
 
-N_STEPS, BATCH_SIZE, D_IN, D_SAE = 50, 24, 8, 48
+N_STEPS, BATCH_SIZE, D_IN, D_SAE = 30, 24, 8, 48
 
 
 def train(

@@ -35,7 +35,7 @@ def torchrun(n: int, module: str, *arguments: str | Path) -> subprocess.Complete
 def errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
-    """Of each tensor after 50 steps, against one process with the joined batch."""
+    """Of each tensor after 30 steps, against one process with the joined batch."""
     out = tmp_path_factory.mktemp("joined") / "errors.json"
     finished = torchrun(request.param, "joined_worker", out)
     assert finished.returncode == 0, finished.stderr

@@ -137,7 +137,7 @@ function example([row, peak, words, flat, ofParent], detail, parent) {
     const strength = strengths.get(place);
     const token = strength === undefined && place !== peak ? text
       : shaded(text, (strength || 0) / detail.max, place === peak, `activation ${short(strength || 0)}`);
-    parts.push(also.has(place) ? h("span", { class: `also ${colour(parent)}`, title: `${parent} fires too` }, token) : token);
+    parts.push(also.has(place) ? h("span", { class: "also", style: `--above:var(--${colour(parent)})`, title: `${parent} fires too` }, token) : token);
   });
   return h("p", { class: "example", dir: "auto" }, parts);
 }

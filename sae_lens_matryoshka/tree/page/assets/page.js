@@ -42,7 +42,7 @@ function drawNav(isText) {
   const others = narrow.matches ? {} : wide; // a phone shows a latent instead of the forest or the text
   const link = (title, href, isHere) => h("a", { href, "aria-current": isHere ? "page" : undefined }, title);
   document.getElementById("nav").replaceChildren(
-    link("Forest", address(others), !isText),
+    link("Forest", address(others), !isText && !(narrow.matches && "about" in state())),
     index.texts.length ? link("Texts", address({ ...others, text: 0 }), isText) : "",
     link("Guide", address({ about: 1 }), "about" in state()),
     h("button", { onclick: exportLabels }, "Export labels"));
