@@ -154,7 +154,10 @@ def _train(
         return 1
     if cfg.output_path is not None and is_first:
         print(f"The trained SAE is in {cfg.output_path}.")
-        print(f"Its levels: sae-matryoshka levels {shlex.quote(str(cfg.output_path))}")
+        words = [PROGRAM, "levels", str(cfg.output_path)]
+        if "activations" in options:
+            words += ["--activations", options["activations"].name]
+        print(f"Its levels: {shlex.join(words)}")
     return 0
 
 

@@ -21,7 +21,7 @@ from sae_lens_matryoshka.demo.reconstruction import TextReconstruction, reconstr
 from sae_lens_matryoshka.demo.report import draw_sentences, table_of_tokens, table_on_real_text
 from sae_lens_matryoshka.demo.smollm2 import prepare_model
 from sae_lens_matryoshka.demo.stages import stage
-from sae_lens_matryoshka.hub.load import load_sae
+from sae_lens_matryoshka.hub.load import SHIPPED, load_sae
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import LevelStats, measure_levels
 
@@ -106,8 +106,7 @@ def show_shipped_sae(path: Path, page: Path, folder: Path = SAE_FOLDER) -> list[
     print(f"\n{table_of_tokens(widths_of(sae), shown[_IN_WORDS], _N_TOKENS)}\n")
     print(f"All tokens of four such sentences: {path.resolve()}")
     stage("Which of its latents specialise which, on the reference of Python: some families")
-    name = "The SAE that comes with the package"
-    lines = write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, name)
+    lines = write_demo_page(page, sae, model, reference(), N_PAGE_TOKENS, SHIPPED)
     print("\n".join(["", *lines, "", f"The whole tree: {(page / 'index.html').resolve()}"]))
     return levels
 

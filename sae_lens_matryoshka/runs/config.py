@@ -97,7 +97,8 @@ def build_run_config(
     for f in fields(sae_class):
         is_required = f.default is MISSING and f.default_factory is MISSING
         if is_required and f"sae.{f.name}" not in values:
-            raise ValueError(f"sae.{f.name} is missing.")
+            hint = ", or activations by --activations" if f.name == "d_in" else ""
+            raise ValueError(f"sae.{f.name} is missing: give a value{hint}.")
     by_section: dict[str, dict[str, Any]] = {"": {}, "sae": {}, "logger": {}}
     for name, value in values.items():
         section, _, field = name.rpartition(".")

@@ -4,9 +4,10 @@ Levels p = 1..P end at widths w_1 < … < w_P = d_sae. With codes a (B × d_sae)
 level(j) the first level that contains latent j (arXiv 2503.17547, eq. 3):
 
     x̂_p = b_dec + Σ_{j: level(j) ≤ p} a_j d_j        r_p = x̂_p − x        L_p = mean_b ‖r_p‖²
+    L = Σ_p c_p L_p, with every c_p = 1 in the paper: `total_loss` in training/base.py
 
-`reference_reconstructions` and `reference_losses` are that formula on dense codes. `EncodeKept` and
-`DecodeNested` compute the same from the codes that were kept, with gradients as sums over those
+`reference_reconstructions` and `reference_losses` are these formulas on dense codes. `EncodeKept`
+and `DecodeNested` compute the same from the codes that were kept, with gradients as sums over those
 codes. The gradient that reaches a latent of level g is a mix of residuals, and each published
 variant is one choice of the matrix M:
 

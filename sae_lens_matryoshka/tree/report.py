@@ -44,16 +44,23 @@ def family_lines(
     drawn = drawn.sort_values(["is_distinct", "coverage"], ascending=False, kind="stable")
 
     def named(latent: int) -> str:
-        return " ".join([str(latent), *(map(_visible, words[latent]) if words else ())])
+        level = f"(level {tree.latents.loc[latent, 'level'] + 1})" if has_levels else ""
+        return " ".join(
+            filter(None, [str(latent), level, *(map(_visible, words[latent]) if words else ())])
+        )
 
     lines = []
-    parents = np.argsort(-variety(tree, is_distinct), kind="stable")[:n_families]
+    has_levels = tree.settings["rules"]["parents_by_level"]
+    n_all = drawn["parent"].nunique()
+    parents = np.argsort(-variety(tree, is_distinct), kind="stable")[: min(n_families, n_all)]
     for parent in parents.tolist():
         children = drawn[drawn["parent"] == parent]
-        if not len(children):
-            break
-        density = tree.latents.loc[parent, "density"]
+        density, n_passed = tree.latents.loc[parent, ["density", "n_children"]]
         number = f"{len(children)} {'child' if len(children) == 1 else 'children'}"
+        if n_passed > len(children):
+            number += f" and {n_passed - len(children):.0f} under a stronger parent"
+        if len(children) > n_children:
+            number += f", {n_children} of them"
         lines.append(f"latent {named(parent)}: {density:.2%} of tokens, {number}")
         lines += [
             f"    {named(edge['child'])}: coverage {edge['coverage']:.2f} "
@@ -61,6 +68,8 @@ def family_lines(
             f"presence {edge['presence']:.2f}"
             for edge in children[:n_children].to_dict("records")
         ]
+    if n_all > len(parents):
+        lines.append(f"{len(parents)} of {n_all:,} families; the page and tree.json have all")
     return lines or ["No edge passed."]
 
 

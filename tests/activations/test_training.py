@@ -202,7 +202,7 @@ def test_the_command_trains_measures_and_publishes_without_a_model(
         ("--activations acts --sae.d_in 13", "sae.d_in=13 is not accepted: the rows of acts have"),
         ("--activations acts --train_batch_size_tokens 431", "acts holds 430 rows, fewer than a"),
         ("--activations acts --seed -1", "seed=-1 is not accepted"),
-        ("--seed 1", "sae.d_in is missing."),
+        ("--seed 1", "sae.d_in is missing: give a value, or activations by --activations."),
         ("--activations acts --output_path acts/0.npy/o", "output_path='acts/0.npy/o' can't be"),
         ("--activations acts --vary k=4,8 --shard-moments", "--vary trains on one process"),
         ("--activations acts --shard-moments yes", "--shard-moments takes no value"),

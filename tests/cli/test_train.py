@@ -189,7 +189,7 @@ WRONG = {
     "sae: {d_in: 16, d_sae: 64, k: 99}": "k=99 is not accepted: give a number above 0 and at most",
     "sae: {d_in: 16, d_sae: 64, k: 4, matryoshka_widths: [8, 8]}": "does not strictly increase",
     "sae: {d_in: 16, d_sae: 64, k: 4, matryoshka_widths: [8, x]}": "sae.matryoshka_widths[1]='x'",
-    "sae: {d_in: 16}": "sae.d_sae is missing.",
+    "sae: {d_in: 16}": "sae.d_sae is missing: give a value.",
     "sae: 3": "sae=3 is not accepted: give a mapping of fields to values.",
     "sae: {kk: 3}": "sae.kk is not a field of a training config; did you mean sae.k",
     "d_sae: 3": "d_sae is not a field of a training config; did you mean sae.d_sae?",
@@ -253,7 +253,7 @@ def test_mistake_in_a_flag_is_named(config, refusal, words, message):
 
 
 def test_missing_field_is_named(refusal):
-    assert "sae.d_in is missing." in refusal("train")
+    assert "sae.d_in is missing: give a value, or activations" in refusal("train")
 
 
 def test_train_trains_and_saves_for_inference(config, tmp_path, monkeypatch, capsys):

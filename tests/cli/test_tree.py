@@ -30,8 +30,8 @@ def test_it_writes_a_tree(capsys):
     out = capsys.readouterr().out
     assert "6,000 tokens, 8 latents, of which 1 never fire and 0 fire too rarely" in out
     assert "pairs of a parent (of an inner level) and a rarer child" in out
-    assert "latent 0: 19." in out
-    assert f"    {CHILD}: coverage 1.00 [0.99, 1.00], lift 5." in out
+    assert "latent 0 (level 1): 19." in out
+    assert f"    {CHILD} (level 2): coverage 1.00 [0.99, 1.00], lift 5." in out
     assert "This SAE has no levels" not in out
     assert {path.name for path in Path("out").iterdir()} == {
         "tree.json",

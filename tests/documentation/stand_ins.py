@@ -124,7 +124,7 @@ _start = LanguageModelSAETrainingRunner.__init__
 
 def start_small(self: Any, cfg: Any, *args: Any, **options: Any) -> None:
     """`LanguageModelSAETrainingRunner.__init__`, with a stand-in for a model of the Hub."""
-    if args or options or Path(cfg.model_name).exists():
+    if any(arg is not None for arg in (*args, *options.values())) or Path(cfg.model_name).exists():
         return _start(self, cfg, *args, **options)
     small = {**SHORT_RUN, "model_name": cfg.model_name, "is_dataset_tokenized": True}
     small |= {"training_tokens": 128, "lr_warm_up_steps": 0, "lr_decay_steps": 0}

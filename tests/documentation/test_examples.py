@@ -68,8 +68,6 @@ def test_page(
     request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(LanguageModelSAETrainingRunner, "__init__", stand_ins.start_small)
-    # A tree needs two shards, which are larger than the data set
-    monkeypatch.setattr("sae_lens_matryoshka.tree.gathering.rows_per_shard", lambda *_: 1024)
     document = Sybil([blocks]).parse(page)
     examples = list(document.examples())
     if not examples:

@@ -54,7 +54,9 @@ def test_dense_parents_have_no_variety(tree):
     rarer_tree = Tree(rarer, tree.edges, tree.summary, tree.settings)
     assert variety(rarer_tree, is_distinct)[:N_PARENTS].astype(int).tolist() == [5, 1, 0, 0, 5, 0]
     lines = family_lines(rarer_tree, words(tree), n_families=2, n_children=6)
-    assert len(lines) == 2 * 7
-    assert {lines[0][:13], lines[7][:13]} == {"latent 0 tree", "latent 4 tree"}
+    assert len(lines) == 2 * 7 + 1
+    assert {lines[0][:23], lines[7][:23]} == {"latent 0 (level 1) tree", "latent 4 (level 1) tree"}
+    assert lines[14] == f"2 of {N_PARENTS} families; the page and tree.json have all"
     named = [line.split(":")[0].split() for line in lines if line.startswith(" ")]
-    assert [len(name) > 1 for name in named] == 2 * [*5 * [True], False]
+    assert [len(name) > 3 for name in named] == 2 * [*5 * [True], False]
+    assert [lines[i].partition("tokens, ")[2] for i in (0, 7)] == 2 * ["9 children, 6 of them"]

@@ -39,10 +39,11 @@ async function textView(number, place) {
   return h("div", { id: "text" },
     h("div", { class: "tools" }, picker),
     h("p", { class: "quiet" }, "Each token is shaded by how much of its activation is explained: 1 − ‖x − x̂‖² / ‖x − mean‖², " +
-      "by all levels, or by what one level adds, relative to the most. On grey tokens the SAE is not run. Click a token, or use the arrow keys."),
+      "by all levels, or by what one level adds, relative to the most. Grey tokens were left out of training, so the SAE is not run on them. Click a token, or use the arrow keys."),
     h("div", { class: "tools", role: "group", "aria-label": "Shade by" }, chips),
     tokens,
     levelBars("This text", text.total),
+    place !== undefined && chosen === undefined ? h("p", { class: "quiet" }, "The SAE is not run on this token.") : null,
     chosen === undefined ? null : h("div", { id: "token" },
       h("h3", {}, "Token ", h("bdi", { class: "chip" }, visible(text.tokens[chosen]))),
       levelBars("This token", text.explained[chosen]),
