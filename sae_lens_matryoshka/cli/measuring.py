@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sae_lens_matryoshka.levels.stats import (
     stats_from_weights,
 )
 from sae_lens_matryoshka.training.code_stats import CodeStats
+from sae_lens_matryoshka.tree.sources import ModelOnTexts
 from sae_lens_matryoshka.util.checks import invalid_option
 from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.hook_names import short_model_name
@@ -43,6 +45,8 @@ def check_measuring(args: argparse.Namespace) -> None:
         raise ValueError("--activations and --dataset are two ways to measure: give one.")
     if args.model and not args.dataset and not getattr(args, "serve", False):
         raise ValueError("--model needs --dataset: the texts to run it on.")
+    if getattr(args, "no_ce_loss", False) and not args.dataset:
+        raise ValueError("--no-ce-loss is for --dataset: give that as well.")
     if path and not (path.is_dir() or (path.is_file() and path.suffix in _SUFFIXES)):
         accepted = f"an existing folder, or an existing file of {', '.join(_SUFFIXES)}"
         raise invalid_option("--activations", str(path), accepted)
@@ -84,6 +88,10 @@ def measure(
         )
     except (DatasetsError, FileNotFoundError) as error:
         raise ValueError(f"--dataset={args.dataset!r} can't be read: {error}") from error
+    if args.no_ce_loss:
+        batches = ModelOnTexts(sae, model, store, args.dataset).batches(0)
+        seen = (batch.x for batch in islice(batches, args.n_batches))
+        return measure_levels(sae, seen, args.n_batches, codes)
     return measure_levels_in_model(sae, model, store, args.n_batches, codes)
 
 

@@ -121,6 +121,12 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batches of prompts to run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-ce-loss",
+        action="store_true",
+        help="with --dataset, leave out the CE loss, which runs the whole model once for each "
+        "level and twice more",
+    )
 
 
 def exit_on_sigterm() -> None:

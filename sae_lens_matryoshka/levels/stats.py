@@ -93,16 +93,23 @@ def measure_levels(
         ValueError: `sae` has no level widths, or the activations are empty, not finite, not of
             floating point or of another dimension.
     """
+    if isinstance(batches, torch.Tensor):
+        _check_activations(batches, sae.cfg.d_in)
+        batches = batches.flatten(0, -2).chunk(_N_BATCHES)
+    with tqdm(batches, desc="Measuring levels", total=n_batches, leave=False) as bar:
+        return _measure(sae, bar, codes)
+
+
+def _measure(
+    sae: SAE[Any], batches: Iterable[Float[torch.Tensor, "... d_in"]], codes: CodeStats | None
+) -> list[LevelStats]:
     rows = stats_from_weights(sae)
     nested = _levels_on_flat_activations(sae)
     norms = nested[-1].W_dec.norm(dim=-1)
     firings = torch.zeros(len(rows), len(norms), dtype=torch.int64, device=sae.device)
     variances = [ExplainedVarianceCalculator() for _ in rows]
     n_tokens, l0s = 0, []  # the L0 of each level, batch by batch
-    if isinstance(batches, torch.Tensor):
-        _check_activations(batches, sae.cfg.d_in)
-        batches = batches.flatten(0, -2).chunk(_N_BATCHES)
-    for batch in tqdm(batches, desc="Measuring levels", total=n_batches, leave=False):
+    for batch in batches:
         fired = torch.zeros_like(firings)
         for x in _chunks(sae, batch):
             outputs = list(_encode_and_decode(nested, x))
@@ -168,13 +175,15 @@ def measure_levels_in_model(
         for _ in range(n_batches):
             tokens = store.get_batch_tokens()
             is_counted = ~torch.isin(tokens, not_counted.to(tokens.device))
-            x, batch_losses = _run_model(nested, model, tokens, is_counted, variances)
+            x, batch_losses = _run_model(nested, model, tokens, is_counted, variances, bar)
             losses.add_(torch.tensor(batch_losses, dtype=losses.dtype))
             positions = slice(*store.seqpos_slice)
             is_seen = ~torch.isin(tokens[:, positions], not_trained_on.to(tokens.device))
             yield x[:, positions][is_seen.to(x.device)]
 
-    rows = measure_levels(sae, activations(), n_batches, codes)
+    n_runs = n_batches * len(losses)
+    with tqdm(desc="Running the model", total=n_runs, unit=" runs", leave=False) as bar:
+        rows = _measure(sae, activations(), codes)
     unchanged, ablated, *with_level = losses
     return [
         row._replace(
@@ -237,11 +246,12 @@ def _run_model(
     tokens: Int[torch.Tensor, "prompts context"],
     is_counted: Bool[torch.Tensor, "prompts context"],
     variances: list[ExplainedVarianceCalculator],
+    bar: Any,
 ) -> tuple[Float[torch.Tensor, "prompts context d_in"], list[float]]:
     """Run the model unchanged, then ablated, then with each level.
 
     Every level encodes the activations of the unchanged model: nothing before the hook changes.
-    The reconstructions of the counted tokens are added to `variances`.
+    The reconstructions of the counted tokens are added to `variances`, and each run to `bar`.
 
     Returns:
         The activations, and the sum of the next-token losses of the counted tokens in each run.
@@ -256,6 +266,7 @@ def _run_model(
         hooks = [(metadata.hook_name, hook)]
         options = {"return_type": "both", "loss_per_token": True, "fwd_hooks": hooks}
         losses = model.run_with_hooks(tokens, **options)[1]
+        bar.update()
         return losses[is_counted[:, :-1].to(losses.device)].double().sum().item()
 
     def loss_with(positions: torch.Tensor, values: torch.Tensor) -> float:

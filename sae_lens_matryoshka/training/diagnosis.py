@@ -39,8 +39,8 @@ class Finding(NamedTuple):
     """A fault that was recognised.
 
     Attributes:
-        kind: "baseline", "close levels", "rare inner latents", "narrow level", "k too large" or
-            "k too small".
+        kind: "undertrained", "baseline", "close levels", "rare inner latents", "narrow level",
+            "k too large" or "k too small".
         message: What was measured, and what to try.
     """
 
@@ -84,6 +84,15 @@ def diagnose(measured: Measured) -> list[Finding]:
     """The faults that these numbers show, at most one of each kind."""
     if measured.l0[-1] == 0:
         return [Finding("k too small", "No latent is active on any token: try a larger k.")]
+    if measured.explained_variance[-1] <= 0:  # then no other number says anything
+        return [
+            Finding(
+                "undertrained",
+                f"The whole SAE explains {measured.explained_variance[-1]:.1%} of the variance, "
+                "less than the mean activation does. Try more steps or a larger learning rate; "
+                "or these activations differ in their scale or layer from those of training.",
+            )
+        ]
     findings = [*_baseline(measured), *_close_levels(measured)]
     # Too many or too few codes fill or empty every level; widths are then not to blame.
     return findings + (

@@ -44,13 +44,14 @@ def family_lines(
     drawn = drawn.sort_values(["is_distinct", "coverage"], ascending=False, kind="stable")
 
     def named(latent: int) -> str:
-        level = f"(level {tree.latents.loc[latent, 'level'] + 1})" if has_levels else ""
+        level = f"(level {level_of[latent] + 1})" if has_levels else ""
         return " ".join(
             filter(None, [str(latent), level, *(map(_visible, words[latent]) if words else ())])
         )
 
     lines = []
     has_levels = tree.settings["rules"]["parents_by_level"]
+    level_of = tree.latents["level"].tolist()
     n_all = drawn["parent"].nunique()
     parents = np.argsort(-variety(tree, is_distinct), kind="stable")[: min(n_families, n_all)]
     for parent in parents.tolist():

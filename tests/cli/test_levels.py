@@ -235,6 +235,18 @@ def test_levels_in_the_model(tmp_path: Path) -> None:
         assert shown["CE loss recovered"] == pytest.approx(row["ce_recovered"], abs=0.00051)
         assert shown["L0"] == pytest.approx(row["l0"], abs=0.0051)
     assert image.imread(tmp_path / "a.png").std() > 0.05
+    finished = subprocess.run(
+        [*command, "--no-ce-loss"],
+        cwd=tmp_path,
+        env=os.environ | more | HERE,
+        stdout=-1,
+        check=True,
+    )
+    without = json.loads((tmp_path / "rows.json").read_text())["levels"]
+    assert b"CE loss" not in finished.stdout
+    for row, other in zip(rows, without, strict=True):
+        assert other["ce_recovered"] is None
+        assert (other["l0"], other["n_dead"]) == (pytest.approx(row["l0"]), row["n_dead"])
 
 
 def test_unknown_model_and_hook(tmp_path: Path, refusal: Refusal) -> None:
@@ -259,6 +271,7 @@ WRONG = {
     "levels sae --activations x.npy --plot a.gif": "--plot='a.gif' is not accepted",
     "levels sae --activations x.npy --dataset t": "--activations and --dataset are two ways",
     "levels sae --model gpt2": "--model needs --dataset",
+    "levels sae --no-ce-loss": "--no-ce-loss is for --dataset",
     "levels sae --activations none.npy": "--activations='none.npy' is not accepted: give an",
     "levels sae --activations bad/x.npy": "bad/x.npy can't be read",
     "levels sae --activations two.pt": "two.pt holds 2 tensors: give one of activations.",

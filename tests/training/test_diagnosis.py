@@ -251,6 +251,15 @@ def rates(changes: dict[int, float]) -> torch.Tensor:
             {"weak_score": 0.98, "explained_variance": [0.4, 0.6, 0.79]},
         ),
         ("k too small", {}, {"l0": [0.0] * 3, "firing_rates": torch.zeros(16)}),
+        (
+            "undertrained",
+            {
+                "explained_variance": [-0.5, -0.2, 0.01],
+                "baseline_explained_variance": None,
+                "weak_score": 0.0,
+            },
+            {"explained_variance": [-0.5, -0.2, 0.0]},
+        ),
     ],
 )
 def test_thresholds(kind: str, silent: dict[str, Any], found: dict[str, Any]) -> None:
