@@ -222,7 +222,10 @@ def tables(results: Results) -> dict[str, str]:
         "levels": table(results, "level", levels, (*SCORES, "dead")),
         "trees": table(results, "SAE", main, TREES),
         "variants": table(
-            results, "SAE", whole((r, Arm(r, 24, 0)) for r in VARIANTS), (*SCORES, "dead")
+            results,
+            "SAE",
+            whole((r, Arm(r, 24, 0)) for r in VARIANTS),
+            (*SCORES, "edges", "dead"),
         ),
         "width": table(
             results,
@@ -242,7 +245,7 @@ def tables(results: Results) -> dict[str, str]:
                 for r in MAIN[:2]
                 for n in (1100, 2200, 4400, 8800)
             ),
-            (*SCORES, "dead"),
+            (*SCORES, "edges", "dead"),
         ),
         "layer": table(
             results,
