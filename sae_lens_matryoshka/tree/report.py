@@ -58,10 +58,10 @@ def family_lines(
         children = drawn[drawn["parent"] == parent]
         density, n_passed = tree.latents.loc[parent, ["density", "n_children"]]
         number = f"{len(children)} {'child' if len(children) == 1 else 'children'}"
-        if n_passed > len(children):
-            number += f" and {n_passed - len(children):.0f} under a stronger parent"
         if len(children) > n_children:
-            number += f", {n_children} of them"
+            number += f" ({n_children} below)"
+        if n_passed > len(children):
+            number += f", {n_passed - len(children):.0f} more under a stronger parent"
         lines.append(f"latent {named(parent)}: {density:.2%} of tokens, {number}")
         lines += [
             f"    {named(edge['child'])}: coverage {edge['coverage']:.2f} "
@@ -70,7 +70,7 @@ def family_lines(
             for edge in children[:n_children].to_dict("records")
         ]
     if n_all > len(parents):
-        lines.append(f"{len(parents)} of {n_all:,} families; the page and tree.json have all")
+        lines.append(f"{len(parents)} of {n_all:,} families")
     return lines or ["No edge passed."]
 
 

@@ -9,7 +9,7 @@ def test_summary_and_families() -> None:
     assert tree.children(PARENT) == [CHILD, GRANDCHILD]
     lines = tree._repr_html_().splitlines()
     assert lines[0].startswith("<pre>6,400 tokens, 8 latents")
-    assert f"    {CHILD}: coverage 1.00" in "\n".join(lines)
-    family = [line for line in lines if line.startswith(f"latent {PARENT}: ")]
+    assert f"    {CHILD} (level 2): coverage 1.00" in "\n".join(lines)
+    family = [line for line in lines if line.startswith(f"latent {PARENT} (level 1): ")]
     assert len(family) == 1
     assert lines[-1].endswith("</pre>")
