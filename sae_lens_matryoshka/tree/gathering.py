@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,10 +77,14 @@ def gather(sae: SAE[Any], source: Source, folder: Path, n_tokens: int) -> Gather
         n_left, n_rows = n_tokens - n_before, rows_per_shard(n_tokens, cfg.d_in)
         while n_left > 0 and (read := _read(batches, min(n_left, n_rows), n_left)):
             n_read = sum(len(batch.x) for batch in read)
-            # a source that ends within the first shard: the shifted copy needs several
-            n_shards = len(read) if not index.shards and n_read < min(n_left, n_rows) else 1
-            for part in np.array_split(np.arange(len(read)), min(n_shards, 16)):
-                index = _add_shard(encoder, folder, index, [read[i] for i in part], bar)
+            n_batches = len(read)
+            if index.shards and index.shards[0].n_rows < n_rows:  # resumed
+                n_batches = index.shards[0].n_batches
+            elif not index.shards and n_read < n_rows:
+                # a source that ends within the first shard: the shifted copy needs several
+                n_batches = ceil(n_batches / 16)
+            for i in range(0, len(read), n_batches):
+                index = _add_shard(encoder, folder, index, read[i : i + n_batches], bar)
             n_left -= n_read
     if not index.shards:
         raise ValueError("there are no activations to build a tree from.")

@@ -26,9 +26,9 @@ def x() -> torch.Tensor:
     return small_world(N_TOKENS)
 
 
-def gathered_in(folder: Path, x: torch.Tensor) -> Gathered:
+def gathered_in(folder: Path, x: torch.Tensor, n_tokens: int = N_TOKENS) -> Gathered:
     sae = exact_sae(8)
-    return gather(sae, StoredActivations(x, sae), folder, len(x))
+    return gather(sae, StoredActivations(x, sae), folder, n_tokens)
 
 
 @given(
@@ -70,10 +70,12 @@ def test_sums_and_codes_equal_dense_ones(x, tmp_path):
         np.testing.assert_array_equal(values, acts[tokens, latent])
 
 
+@pytest.mark.parametrize("n_tokens", [N_TOKENS, 20 * N_TOKENS], ids=["all", "a short source"])
 @pytest.mark.parametrize("n_written", [0, 1, 7, 12])
-def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
+def test_a_killed_pass_resumes(n_written, n_tokens, x, tmp_path, monkeypatch):
     """Killed before any file, between the files of a shard, and after a whole one."""
-    whole = gathered_in(tmp_path / "whole", x)
+    whole = gathered_in(tmp_path / "whole", x, n_tokens)
+    assert [shard.n_rows for shard in whole.index.shards] == [ROWS] * 11 + [552]
     write, left = gathering._write, iter(range(n_written))
 
     def stop(path, tensors):
@@ -83,14 +85,14 @@ def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gathering, "_write", stop)
     with pytest.raises(KeyboardInterrupt):
-        gathered_in(tmp_path / "g", x)
+        gathered_in(tmp_path / "g", x, n_tokens)
     with pytest.raises(ValueError, match="is not complete: run the same command again"):
         Gathered(tmp_path / "g")
     monkeypatch.setattr(gathering, "_write", write)
     encoded = []
     encode = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda *args: encoded.append(1) or encode(*args))
-    again = gathered_in(tmp_path / "g", x)
+    again = gathered_in(tmp_path / "g", x, n_tokens)
     assert len(encoded) == N_SHARDS - n_written // 2
     assert again.index == whole.index
     for name, values in whole.sums.items():
@@ -102,7 +104,7 @@ def test_a_killed_pass_resumes(n_written, x, tmp_path, monkeypatch):
     )
     # complete, nothing is encoded again
     encoded.clear()
-    gathered_in(tmp_path / "g", x)
+    gathered_in(tmp_path / "g", x, n_tokens)
     assert not encoded
 
 
