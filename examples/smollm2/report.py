@@ -211,7 +211,7 @@ def tables(results: Results) -> dict[str, str]:
     )
     levels = {
         f"{recipe}, {width}": (Arm(recipe, 24, 0), width)
-        for recipe in MAIN[1:]
+        for recipe in (*MAIN[1:], "faded")
         for width in Arm(recipe, 24, 0).options()["matryoshka_widths"]
     }
     return {
@@ -235,7 +235,7 @@ def tables(results: Results) -> dict[str, str]:
                 for d_sae in (4096, 16384)
                 for r in MAIN[:2]
             ),
-            (*SCORES, "meta-SAE variance"),
+            (*SCORES, "meta-SAE variance", "edges", "dead"),
         ),
         "tokens": table(
             results,
@@ -251,7 +251,7 @@ def tables(results: Results) -> dict[str, str]:
             results,
             "SAE",
             whole((f"{r}, layer {n}", Arm(r, 24, 0, layer=n)) for n in (7, 14) for r in MAIN[:2]),
-            SCORES,
+            (*SCORES, "edges", "dead"),
         ),
         "tuning": table(
             results,
@@ -265,7 +265,7 @@ def tables(results: Results) -> dict[str, str]:
             whole(
                 (f"{r}, lr {lr:g}", Arm(r, 24, 0, lr=lr)) for lr in (LR, 1.2e-3) for r in MAIN[:2]
             ),
-            (*SCORES, "dead"),
+            (*SCORES, "edges", "dead"),
         ),
     }
 
