@@ -90,7 +90,7 @@ def all_arms() -> list[Arm]:
             for n_steps in (1100, 2200, 8800)
             for recipe in main[:2]
         ),
-        *(Arm(recipe, 24, 0, lr=1.2e-3) for recipe in main[:2]),
+        *(Arm(recipe, 24, seed, lr=1.2e-3) for seed in seeds for recipe in main[:2]),
         *(Arm(recipe, 24, seed, layer=14) for seed in seeds for recipe in main[:2]),
     ]
 
