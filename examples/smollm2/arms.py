@@ -78,7 +78,7 @@ def all_arms() -> list[Arm]:
     seeds = range(3)
     main = ("batchtopk", "matryoshka", "recommended")
     return [
-        *(Arm(recipe, k, seed) for k in (24, 12, 48) for seed in seeds for recipe in main),
+        *(Arm(recipe, k, seed) for k in (24, 12, 48, 6) for seed in seeds for recipe in main),
         *(Arm(recipe, 24, seed, d_sae=16384) for seed in seeds for recipe in main[:2]),
         *(
             Arm(recipe, 24, seed)

@@ -23,7 +23,7 @@ from sae_lens_matryoshka.util.markdown import markdown_table
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "smollm2.md"
 MAIN = ("batchtopk", "matryoshka", "recommended")
 VARIANTS = (*MAIN, "frequency", "ordered", "drawn", "faded")
-KS = (12, 24, 48)
+KS = (6, 12, 24, 48)
 # What a row of a table shows: header → where a level's value is, and its digits
 _ABSORPTION = "absorption.mean."
 _PROBES = "sparse_probing_sae_probes.sae.sae_top_"
