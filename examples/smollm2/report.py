@@ -10,8 +10,9 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from math import exp, log
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.figure import Figure
 
@@ -36,31 +37,35 @@ COLUMNS = {
     "full, letters found": (f"{_ABSORPTION}of_found_letters", 3),
     "absorption, fraction": (f"{_ABSORPTION}mean_absorption_fraction_score", 3),
     "latents per letter": (f"{_ABSORPTION}mean_num_split_features", 2),
+    "precision": (f"{_ABSORPTION}precision", 2),
     "probing, top 1": (f"{_PROBES}1_test_auc", 3),
     "probing, top 5": (f"{_PROBES}5_test_auc", 3),
     "meta-SAE variance": ("meta_structure.meta_structure.decoder_fraction_variance_explained", 3),
-    "CE loss score": ("core.model_performance_preservation.ce_loss_score", 3),
+    "CE loss added": ("core.ce_loss_added", 3),
+    "firings of dense": ("core.misc_metrics.normalized_freq_over_10_percent", 2),
     "max cosine": ("max_cosine", 3),
     # of the tree whose parents are any more frequent latents, as in an SAE without levels
     "pairs tested": ("tree.frequency.n_tested", 0),
     "edges": ("tree.frequency.n_passed", 0),
     "edges by level": ("tree.level.n_passed", 0),
     "latents with a parent": ("tree.frequency.n_children", 0),
+    "parents": ("tree.frequency.n_parents", 0),
     "families": ("tree.frequency.n_families", 0),
     "coverage ≥ 0.9": ("tree.frequency.n_covered", 0),
-    "shifted: passed": ("tree.frequency.n_shifted_passed", 0),
+    "shifted: tested": ("tree.frequency.n_shifted_tested", 0),
+    "passed": ("tree.frequency.n_shifted_passed", 0),
 }
 ABSORPTION = (
     *("absorption, full", "full, by words", "full, letters found"),
-    *("absorption, fraction", "latents per letter"),
+    *("absorption, fraction", "latents per letter", "precision"),
 )
 DIFFERENCES = (
     *("variance expl.", "absorption, full", "full, letters found", "absorption, fraction"),
-    *("latents per letter", "probing, top 1", "meta-SAE variance", "max cosine"),
+    *("latents per letter", "probing, top 1", "meta-SAE variance", "max cosine", "CE loss added"),
 )
 TREES = (
-    *("pairs tested", "edges", "edges by level", "latents with a parent", "families"),
-    *("coverage ≥ 0.9", "shifted: passed"),
+    *("pairs tested", "edges", "edges by level", "latents with a parent", "parents", "families"),
+    *("coverage ≥ 0.9", "shifted: tested", "passed"),
 )
 _FOUND = 0.1  # of a letter's words have to activate the latent that SAEBench took for it
 SCORES = ("L0", "variance expl.", *ABSORPTION)
@@ -101,14 +106,19 @@ class Results:
         known = result.get("saebench", {}).get(evaluation, {}).get("widths", {}).get(str(width))
         if known is None:
             return None
+        if rest == "ce_loss_added":
+            losses = known["model_performance_preservation"]
+            return losses["ce_loss_with_sae"] - losses["ce_loss_without_sae"]
         if rest == "mean.by_words":
             letters = known["letters"].values()
             n_words = sum(letter["num_probe_true_positives"] for letter in letters)
             return sum(letter["num_full_absorption"] for letter in letters) / n_words
-        if rest == "mean.of_found_letters":
+        if rest in ("mean.of_found_letters", "mean.precision"):
             letters = known["letters"].values()
             if any("recall" not in letter for letter in letters):
                 return None
+            if rest == "mean.precision":
+                return median(letter["precision"] for letter in letters)
             return fmean(
                 letter["num_full_absorption"] / letter["num_probe_true_positives"]
                 for letter in letters
@@ -129,7 +139,11 @@ class Results:
         arms = [arm._replace(k=k) for k in KS]
         points = [(self.value(a, "variance expl."), self.value(a, column)) for a in arms]
         known = [(x, y) for x, y in points if x is not None and y is not None]
-        return interpolated(known, explained)
+        if column != "L0":
+            return interpolated(known, explained)
+        # what is explained grows with the logarithm of L0
+        log_l0 = interpolated([(x, log(y)) for x, y in known], explained)
+        return None if log_l0 is None else exp(log_l0)
 
 
 def cell(value: Value | None, digits: int, n: int = 0, sign: str = "") -> str:
@@ -148,12 +162,20 @@ def cell(value: Value | None, digits: int, n: int = 0, sign: str = "") -> str:
 
 
 def table(
-    results: Results, first: str, rows: Mapping[str, tuple[Arm, int]], columns: Sequence[str]
+    results: Results,
+    first: str,
+    rows: Mapping[str, tuple[Arm, int]],
+    columns: Sequence[str],
+    seed: int | None = None,
 ) -> str:
-    """A row for each SAE or level that is trained: its label → a seed of it, and the width."""
+    """A row for each SAE or level that is trained: its label → a seed of it, and the width.
+
+    With `seed`, of that seed alone.
+    """
     lines = []
     for label, (arm, width) in rows.items():
-        values = [mean(results.by_seed(arm, column, width).values()) for column in columns]
+        of_columns = [results.by_seed(arm, column, width) for column in columns]
+        values = [mean(v for s, v in of.items() if seed in (None, s)) for of in of_columns]
         n = max((value.n for value in values if value), default=0)
         if n:
             digits = [COLUMNS[column][1] for column in columns]
@@ -162,19 +184,32 @@ def table(
     return markdown_table([first, *columns, "seeds"], lines)
 
 
-def differences(results: Results, columns: Sequence[str]) -> str:
-    """What nesting changes at the same k: a row for each k and recipe."""
+def differences(results: Results, arms: Mapping[str, Arm], columns: Sequence[str]) -> str:
+    """What nesting changes at the same k: a row for each nested SAE, its label → a seed of it."""
     lines = []
-    for k in KS:
-        for recipe in MAIN[1:]:
-            cells = []
-            for column in columns:
-                nested, plain = (results.by_seed(Arm(r, k, 0), column) for r in (recipe, MAIN[0]))
-                value = difference(nested.values(), plain.values())
-                cells.append(cell(value, COLUMNS[column][1], sign="+"))
-            if any(cells):
-                lines.append([f"{recipe}, k {k}", *cells])
+    for label, arm in arms.items():
+        cells = []
+        for column in columns:
+            plain = results.by_seed(arm._replace(recipe=MAIN[0]), column)
+            value = difference(results.by_seed(arm, column).values(), plain.values())
+            cells.append(cell(value, COLUMNS[column][1], sign="+"))
+        if any(cells):
+            lines.append([label, *cells])
     return markdown_table(["against batchtopk", *columns], lines)
+
+
+def paired(results: Results, recipes: Sequence[str], columns: Sequence[str]) -> str:
+    """What a recipe changes against plain nesting with the same seed: a row for each recipe."""
+    lines = []
+    for recipe in recipes:
+        cells = []
+        for column in columns:
+            ours, plain = (results.by_seed(Arm(r, 24, 0), column) for r in (recipe, MAIN[1]))
+            changes = [value - plain[seed] for seed, value in ours.items() if seed in plain]
+            cells.append(cell(mean(changes), COLUMNS[column][1], sign="+"))
+        if any(cells):
+            lines.append([recipe, *cells])
+    return markdown_table(["against matryoshka", *columns], lines)
 
 
 def at_equal_variance(results: Results, columns: Sequence[str]) -> str:
@@ -207,8 +242,13 @@ def tables(results: Results) -> dict[str, str]:
     main = whole((f"{r}, k {k}", Arm(r, k, 0)) for k in KS for r in MAIN)
     others = (
         *("probing, top 1", "probing, top 5", "meta-SAE variance"),
-        *("max cosine", "CE loss score", "dead"),
+        *("max cosine", "CE loss added", "firings of dense", "dead"),
     )
+    nested = {label: arm for label, (arm, _) in main.items() if arm.recipe != MAIN[0]}
+    nested |= {
+        "matryoshka, k 24, layer 14": Arm(MAIN[1], 24, 0, layer=14),
+        "matryoshka, k 24, lr 0.0012": Arm(MAIN[1], 24, 0, lr=1.2e-3),
+    }
     levels = {
         f"{recipe}, {width}": (Arm(recipe, 24, 0), width)
         for recipe in (*MAIN[1:], "faded")
@@ -217,7 +257,7 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "main": table(results, "SAE", main, SCORES),
         "others": table(results, "SAE", main, others),
-        "differences": differences(results, DIFFERENCES),
+        "differences": differences(results, nested, DIFFERENCES),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
         "trees": table(results, "SAE", main, TREES),
@@ -227,6 +267,7 @@ def tables(results: Results) -> dict[str, str]:
             whole((r, Arm(r, 24, 0)) for r in VARIANTS),
             (*SCORES, "edges", "dead"),
         ),
+        "paired": paired(results, ("recommended", "faded"), (*DIFFERENCES[:6], "edges", "dead")),
         "width": table(
             results,
             "SAE",
@@ -236,6 +277,7 @@ def tables(results: Results) -> dict[str, str]:
                 for r in MAIN[:2]
             ),
             (*SCORES, "meta-SAE variance", "edges", "dead"),
+            seed=0,
         ),
         "tokens": table(
             results,
@@ -246,6 +288,7 @@ def tables(results: Results) -> dict[str, str]:
                 for n in (1100, 2200, 4400, 8800)
             ),
             (*SCORES, "edges", "dead"),
+            seed=0,
         ),
         "layer": table(
             results,
@@ -271,27 +314,18 @@ def tables(results: Results) -> dict[str, str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Absorption, latents per letter and variance explained against L0, with intervals."""
-    shown = ("absorption, full", "full, by words", "absorption, fraction", "variance expl.")
+    """Scores against L0: a point for each seed, and a line through the means."""
+    shown = ("absorption, full", "latents per letter", "precision", "variance expl.")
     figure = Figure(figsize=(4 * len(shown), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shown))
     for axis, column in zip(axes, shown, strict=True):
-        for recipe, style in zip(MAIN, ("s--", "o-", "^-"), strict=True):
-            points = [
-                (l0.mean, value)
-                for k in KS
-                if (value := mean(results.by_seed(Arm(recipe, k, 0), column).values()))
-                and (l0 := mean(results.by_seed(Arm(recipe, k, 0), "L0").values()))
-            ]
-            if points:
-                axis.errorbar(
-                    [l0 for l0, _ in points],
-                    [value.mean for _, value in points],
-                    yerr=[value.half or 0 for _, value in points],
-                    fmt=style,
-                    capsize=3,
-                    label=recipe,
-                )
+        for recipe, style, shift in zip(MAIN, ("s--", "o-", "^:"), (0.97, 1, 1.03), strict=True):
+            ys = {k: list(results.by_seed(Arm(recipe, k, 0), column).values()) for k in KS}
+            known = {k * shift: values for k, values in ys.items() if values}
+            means = [fmean(values) for values in known.values()]
+            (line,) = axis.plot(list(known), means, style[1:], label=recipe)
+            for x, values in known.items():
+                axis.plot([x] * len(values), values, style[0], color=line.get_color(), alpha=0.7)
         axis.set(xscale="log", xlabel="L0", ylabel=column)
         axis.set_xticks(KS, map(str, KS))
         axis.minorticks_off()

@@ -9,7 +9,15 @@ from scipy import stats
 
 from examples.smollm2.arms import Arm
 from examples.smollm2.intervals import Value, difference, interpolated, mean
-from examples.smollm2.report import Results, at_equal_variance, cell, differences, table, tables
+from examples.smollm2.report import (
+    Results,
+    at_equal_variance,
+    cell,
+    differences,
+    paired,
+    table,
+    tables,
+)
 
 WIDTH = 4096
 
@@ -19,9 +27,17 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
     saebench: dict[str, Any] = {}
     if full:
         letters = {
-            letter: {"num_full_absorption": n, "num_probe_true_positives": words, "recall": recall}
+            letter: {
+                "num_full_absorption": n,
+                "num_probe_true_positives": words,
+                "recall": recall,
+                "precision": recall / 2,
+            }
             for letter, n, words, recall in zip("ab", full, (10, 90), (0.02, 0.7), strict=True)
         }
+        losses = {"ce_loss_with_sae": 3.75, "ce_loss_without_sae": 3.5}
+        core = {"model_performance_preservation": losses}
+        saebench["core"] = {"widths": {WIDTH: core}}
         rate = (full[0] / 10 + full[1] / 90) / 2
         scores = {"mean_full_absorption_score": rate}
         saebench["absorption"] = {"widths": {WIDTH: {"mean": scores, "letters": letters}}}
@@ -56,13 +72,15 @@ def test_interpolated() -> None:
     assert interpolated(points, 4.5) is None
 
 
-def test_absorption_by_words_and_by_letters(tmp_path: Path) -> None:
+def test_scores_that_are_made_of_saebenchs(tmp_path: Path) -> None:
     write(tmp_path, arm := Arm("batchtopk", 24, 0), 0.8, full=(5, 9))
     results = Results(tmp_path)
     assert results.value(arm, "absorption, full") == pytest.approx(0.3)
     assert results.value(arm, "full, by words") == pytest.approx(0.14)
     # the latent that was taken for "a" fires on 2 % of its words
     assert results.value(arm, "full, letters found") == pytest.approx(0.1)
+    assert results.value(arm, "precision") == pytest.approx(0.18)  # the median of 0.01 and 0.35
+    assert results.value(arm, "CE loss added") == 0.25
     assert results.value(arm, "probing, top 1") is None
 
 
@@ -71,8 +89,11 @@ def test_a_cell_with_fewer_seeds_says_so(tmp_path: Path) -> None:
         arm = Arm("matryoshka", 24, seed)
         write(tmp_path, arm, 0.8, full=(1, 9) if seed == 1 else None)
     rows = {"nested": (Arm("matryoshka", 24, 0), WIDTH)}
-    row = table(Results(tmp_path), "SAE", rows, ("L0", "absorption, full")).splitlines()[-1]
+    results, columns = Results(tmp_path), ("L0", "absorption, full")
+    row = table(results, "SAE", rows, columns).splitlines()[-1]
     assert row == "| nested | 24.0 ± 0.0 | 0.100 (n 1) | 3 |"
+    row = table(results, "SAE", rows, columns, seed=1).splitlines()[-1]
+    assert row == "| nested | 24.0 | 0.100 | 1 |"
     assert cell(Value(0.25, None, 1), 2, sign="+") == "+0.25"
 
 
@@ -82,11 +103,22 @@ def test_at_equal_variance_batchtopk_is_interpolated(tmp_path: Path) -> None:
     write(tmp_path, Arm("matryoshka", 24, 0), 0.75, full=(0, 9))
     results = Results(tmp_path)
     assert at_equal_variance(results, ("L0", "full, by words")).splitlines()[2:] == [
-        "| matryoshka, k 24 | 0.750 | +6.0 | -0.360 |"  # 24 − 18 and 0.09 − 0.45
+        # 24 − √(12 · 24) and 0.09 − 0.45
+        "| matryoshka, k 24 | 0.750 | +7.0 | -0.360 |"
     ]
-    assert differences(results, ("full, by words",)).splitlines()[2:] == [
-        "| matryoshka, k 24 | -0.810 |"
+    arms = {"nested": Arm("matryoshka", 24, 0), "not trained": Arm("recommended", 24, 0)}
+    assert differences(results, arms, ("full, by words",)).splitlines()[2:] == [
+        "| nested | -0.810 |"
     ]
+
+
+def test_recipes_are_compared_by_seed(tmp_path: Path) -> None:
+    for seed, plain, faded in ((0, 0.5, 0.6), (1, 0.8, 0.9), (2, 0.1, None)):
+        write(tmp_path, Arm("matryoshka", 24, seed), plain)
+        if faded:
+            write(tmp_path, Arm("faded", 24, seed), faded)
+    rows = paired(Results(tmp_path), ("recommended", "faded"), ("variance expl.",)).splitlines()
+    assert rows[2:] == ["| faded | +0.100 ± 0.000 |"]
 
 
 def test_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
