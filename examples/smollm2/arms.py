@@ -63,6 +63,8 @@ class Arm(NamedTuple):
                 "recommended": recipe,
                 "frequency": {"latent_order": "frequency"},  # the first of its three changes alone
                 "ordered": {**recipe, "stop_gradient": "none"},  # all but the stopped gradient
+                # a first level of 512 latents, in case 128 are too few for 26 letters
+                "wide": {"matryoshka_widths": [self.d_sae // n for n in (8, 4, 2, 1)]},
                 "drawn": {"prefix_sampling": "log_uniform", "min_prefix": widths[0]},
                 "faded": {
                     "inner_weight_end": 0.1,
@@ -85,6 +87,7 @@ def all_arms() -> list[Arm]:
             for seed in seeds
             for recipe in ("frequency", "ordered", "drawn", "faded")
         ),
+        *(Arm("wide", 12, seed) for seed in seeds),
         *(
             Arm(recipe, 24, 0, n_steps=n_steps)
             for n_steps in (1100, 2200, 8800)

@@ -6,13 +6,16 @@ A table stands in the page between `<!-- table NAME -->` and `<!-- end -->`, whe
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -128,6 +131,16 @@ class Results:
             known = known[key]
         return known
 
+    def letters(self, arm: Arm) -> list[dict[str, Any]]:
+        """What absorption found for each letter, of the SAEs that differ from `arm` in the seed."""
+        found = []
+        for other, result in self._of.items():
+            if other._replace(seed=arm.seed) == arm:
+                known = result.get("saebench", {}).get("absorption", {}).get("widths", {})
+                letters = known.get(str(arm.d_sae), {}).get("letters", {})
+                found += [letter for letter in letters.values() if "latent" in letter]
+        return found
+
     def by_seed(self, arm: Arm, column: str, width: int | None = None) -> dict[int, float]:
         """The values of the SAEs that differ from `arm` in the seed alone: seed → value."""
         seeds = [other for other in self._of if other._replace(seed=arm.seed) == arm]
@@ -233,6 +246,28 @@ def at_equal_variance(results: Results, columns: Sequence[str]) -> str:
     return markdown_table(["against batchtopk", "variance expl.", *columns], lines)
 
 
+def letters_by_level(results: Results, recipes: Sequence[str]) -> str:
+    """In which level the letters' latents are, and how many of their words are absorbed."""
+    lines = []
+    for k, recipe in itertools.product(KS, recipes):
+        letters = results.letters(arm := Arm(recipe, k, 0))
+        widths = arm.options()["matryoshka_widths"]
+        groups: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
+        for letter in letters:
+            groups[min(bisect_right(widths, letter["latent"]), 2)].append(letter)
+        cells = []
+        for group in groups.values():
+            n_words = sum(letter["num_probe_true_positives"] for letter in group)
+            n_absorbed = sum(letter["num_full_absorption"] for letter in group)
+            cells.append(f"{len(group) / len(letters):.0%}" if letters else "")
+            cells.append(f"{n_absorbed / n_words:.3f}" if n_words else "")
+        if letters:
+            lines.append([f"{recipe}, k {k}", *cells])
+    names = ("first level", "second level", "outer levels")
+    columns = [column for name in names for column in (f"letters in {name}", "words absorbed")]
+    return markdown_table(["SAE", *columns], lines)
+
+
 def tables(results: Results) -> dict[str, str]:
     """Every table of the page."""
 
@@ -260,6 +295,7 @@ def tables(results: Results) -> dict[str, str]:
         "differences": differences(results, nested, DIFFERENCES),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
+        "letters": letters_by_level(results, (*MAIN[1:], "wide")),
         "trees": table(results, "SAE", main, TREES),
         "variants": table(
             results,
