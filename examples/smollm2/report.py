@@ -281,6 +281,7 @@ def tables(results: Results) -> dict[str, str]:
     )
     nested = {label: arm for label, (arm, _) in main.items() if arm.recipe != MAIN[0]}
     nested |= {
+        "wide, k 12": Arm("wide", 12, 0),
         "matryoshka, k 24, layer 14": Arm(MAIN[1], 24, 0, layer=14),
         "matryoshka, k 24, lr 0.0012": Arm(MAIN[1], 24, 0, lr=1.2e-3),
     }
@@ -295,6 +296,12 @@ def tables(results: Results) -> dict[str, str]:
         "differences": differences(results, nested, DIFFERENCES),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
+        "first_level": table(
+            results,
+            "SAE",
+            whole((r, Arm(r, 12, 0)) for r in (*MAIN[:2], "wide")),
+            (*SCORES, "dead"),
+        ),
         "letters": letters_by_level(results, (*MAIN[1:], "wide")),
         "trees": table(results, "SAE", main, TREES),
         "variants": table(

@@ -14,6 +14,7 @@ from examples.smollm2.report import (
     at_equal_variance,
     cell,
     differences,
+    letters_by_level,
     paired,
     table,
     tables,
@@ -32,8 +33,12 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
                 "num_probe_true_positives": words,
                 "recall": recall,
                 "precision": recall / 2,
+                "latent": latent,
             }
-            for letter, n, words, recall in zip("ab", full, (10, 90), (0.02, 0.7), strict=True)
+            for letter, n, words, recall, latent in (
+                ("a", full[0], 10, 0.02, 127),
+                ("b", full[1], 90, 0.7, 896),
+            )
         }
         losses = {"ce_loss_with_sae": 3.75, "ce_loss_without_sae": 3.5}
         core = {"model_performance_preservation": losses}
@@ -119,6 +124,13 @@ def test_recipes_are_compared_by_seed(tmp_path: Path) -> None:
             write(tmp_path, Arm("faded", 24, seed), faded)
     rows = paired(Results(tmp_path), ("recommended", "faded"), ("variance expl.",)).splitlines()
     assert rows[2:] == ["| faded | +0.100 ± 0.000 |"]
+
+
+def test_letters_by_the_level_of_their_latent(tmp_path: Path) -> None:
+    for seed, full in enumerate(((5, 9), (4, 18))):
+        write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
+    rows = letters_by_level(Results(tmp_path), ("matryoshka",)).splitlines()
+    assert rows[2:] == ["| matryoshka, k 12 | 50% | 0.450 | 0% |  | 50% | 0.150 |"]
 
 
 def test_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
