@@ -251,6 +251,8 @@ def letters_by_level(results: Results, recipes: Sequence[str]) -> str:
     lines = []
     for k, recipe in itertools.product(KS, recipes):
         letters = results.letters(arm := Arm(recipe, k, 0))
+        if not letters:
+            continue
         widths = arm.options()["matryoshka_widths"]
         groups: dict[int, list[dict[str, Any]]] = {0: [], 1: [], 2: []}
         for letter in letters:
@@ -259,10 +261,9 @@ def letters_by_level(results: Results, recipes: Sequence[str]) -> str:
         for group in groups.values():
             n_words = sum(letter["num_probe_true_positives"] for letter in group)
             n_absorbed = sum(letter["num_full_absorption"] for letter in group)
-            cells.append(f"{len(group) / len(letters):.0%}" if letters else "")
+            cells.append(f"{len(group) / len(letters):.0%}")
             cells.append(f"{n_absorbed / n_words:.3f}" if n_words else "")
-        if letters:
-            lines.append([f"{recipe}, k {k}", *cells])
+        lines.append([f"{recipe}, k {k}", *cells])
     names = ("first level", "second level", "outer levels")
     columns = [column for name in names for column in (f"letters in {name}", "words absorbed")]
     return markdown_table(["SAE", *columns], lines)
@@ -372,7 +373,7 @@ def draw(results: Results, path: Path) -> None:
         axis.set(xscale="log", xlabel="L0", ylabel=column)
         axis.set_xticks(KS, map(str, KS))
         axis.minorticks_off()
-    axes[0].legend()
+    axes[-1].legend()
     figure.savefig(path, dpi=130)
 
 
