@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from scipy import stats
@@ -45,6 +45,14 @@ def difference(values: Iterable[float], baseline: Iterable[float]) -> Value | No
         interval = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval(0.95)
         half = float(interval.high - interval.low) / 2
     return Value(statistics.fmean(values) - statistics.fmean(baseline), half, n)
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float | None]
+) -> Value | None:
+    """The mean difference of those seeds (the keys) that both have, with Student's interval."""
+    pairs = ((value, baseline.get(seed)) for seed, value in values.items())
+    return mean(value - other for value, other in pairs if other is not None)
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from examples.smollm2.arms import BATCH_SIZE, LR, Arm, all_arms, tuning_arms
-from examples.smollm2.intervals import Value, difference, interpolated, mean
+from examples.smollm2.intervals import Value, difference, interpolated, mean, paired_difference
 from sae_lens_matryoshka.util.files import atomic_file
 from sae_lens_matryoshka.util.markdown import markdown_table
 
@@ -106,8 +106,8 @@ class Results:
         if evaluation == "tree":
             rule, _, number = rest.partition(".")
             return result.get("tree", {}).get(rule, {}).get(number)
-        known = result.get("saebench", {}).get(evaluation, {}).get("widths", {}).get(str(width))
-        if known is None:
+        known: Any = self._scores(arm, evaluation, width)
+        if not known:
             return None
         if rest == "ce_loss_added":
             losses = known["model_performance_preservation"]
@@ -134,17 +134,14 @@ class Results:
     def letters(self, arm: Arm) -> list[dict[str, Any]]:
         """What absorption found for each letter, of the SAEs that differ from `arm` in the seed."""
         found = []
-        for other, result in self._of.items():
-            if other._replace(seed=arm.seed) == arm:
-                known = result.get("saebench", {}).get("absorption", {}).get("widths", {})
-                letters = known.get(str(arm.d_sae), {}).get("letters", {})
-                found += [letter for letter in letters.values() if "latent" in letter]
+        for other in self._seeds(arm):
+            letters = self._scores(other, "absorption", arm.d_sae).get("letters", {})
+            found += [letter for letter in letters.values() if "latent" in letter]
         return found
 
     def by_seed(self, arm: Arm, column: str, width: int | None = None) -> dict[int, float]:
         """The values of the SAEs that differ from `arm` in the seed alone: seed → value."""
-        seeds = [other for other in self._of if other._replace(seed=arm.seed) == arm]
-        values = {seed.seed: self.value(seed, column, width) for seed in seeds}
+        values = {other.seed: self.value(other, column, width) for other in self._seeds(arm)}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def at_variance(self, arm: Arm, column: str, explained: float) -> float | None:
@@ -157,6 +154,15 @@ class Results:
         # what is explained grows with the logarithm of L0
         log_l0 = interpolated([(x, log(y)) for x, y in known], explained)
         return None if log_l0 is None else exp(log_l0)
+
+    def _seeds(self, arm: Arm) -> list[Arm]:
+        """The SAEs that differ from `arm` in the seed alone, and itself, as far as known."""
+        return [other for other in self._of if other._replace(seed=arm.seed) == arm]
+
+    def _scores(self, arm: Arm, evaluation: str, width: int) -> dict[str, Any]:
+        """SAEBench's scores of a level; empty if it was not evaluated."""
+        evaluated = self._of.get(arm, {}).get("saebench", {}).get(evaluation, {})
+        return evaluated.get("widths", {}).get(str(width), {})
 
 
 def cell(value: Value | None, digits: int, n: int = 0, sign: str = "") -> str:
@@ -218,8 +224,8 @@ def paired(results: Results, recipes: Sequence[str], columns: Sequence[str]) -> 
         cells = []
         for column in columns:
             ours, plain = (results.by_seed(Arm(r, 24, 0), column) for r in (recipe, MAIN[1]))
-            changes = [value - plain[seed] for seed, value in ours.items() if seed in plain]
-            cells.append(cell(mean(changes), COLUMNS[column][1], sign="+"))
+            value = paired_difference(ours, plain)
+            cells.append(cell(value, COLUMNS[column][1], sign="+"))
         if any(cells):
             lines.append([recipe, *cells])
     return markdown_table(["against matryoshka", *columns], lines)
@@ -238,8 +244,8 @@ def at_equal_variance(results: Results, columns: Sequence[str]) -> str:
                     seed: results.at_variance(Arm(MAIN[0], k, seed), column, explained[seed])
                     for seed in nested
                 }
-                changes = [nested[s] - other for s, other in plain.items() if other is not None]
-                cells.append(cell(mean(changes), COLUMNS[column][1], len(explained), sign="+"))
+                value = paired_difference(nested, plain)
+                cells.append(cell(value, COLUMNS[column][1], len(explained), sign="+"))
             if any(cells):
                 label = f"{recipe}, k {k}"
                 lines.append([label, cell(mean(explained.values()), 3), *cells])
@@ -357,7 +363,7 @@ def tables(results: Results) -> dict[str, str]:
     }
 
 
-def draw(results: Results, path: Path) -> None:
+def picture(results: Results) -> Figure:
     """Scores against L0: a point for each seed, and a line through the means."""
     shown = ("absorption, full", "latents per letter", "precision", "variance expl.")
     figure = Figure(figsize=(4 * len(shown), 3.6), layout="constrained")
@@ -374,7 +380,7 @@ def draw(results: Results, path: Path) -> None:
         axis.set_xticks(KS, map(str, KS))
         axis.minorticks_off()
     axes[-1].legend()
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = place.sub(lambda found, c=content: f"{found[1]}\n{c}\n\n{found[2]}", text)
     with atomic_file(args.page) as unfinished:
         unfinished.write_text(text)
-    draw(results, args.page.with_suffix(".png"))
+    picture(results).savefig(args.page.with_suffix(".png"), dpi=130)
     return 0
 
 

@@ -27,6 +27,7 @@ from sae_lens_matryoshka.activations.index import (
     write_shard,
 )
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
+from sae_lens_matryoshka.util.devices import warn_of_slow_autocast
 from sae_lens_matryoshka.util.files import check_writable
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -73,6 +74,7 @@ class Cache:
         if cfg.use_cached_activations:
             accepted = "false: a cache is written from a model"
             raise invalid_option("use_cached_activations", True, accepted)
+        warn_of_slow_autocast(cfg.llm_device or cfg.device, autocast_lm=cfg.autocast_lm)
         d_in = cfg.sae.d_in
         n_rows = max(BLOCK_ROWS, _SHARD_ELEMENTS // d_in)
         if rows_per_shard is not None:

@@ -29,6 +29,7 @@ from sae_lens_matryoshka.runs.field_names import (
 )
 from sae_lens_matryoshka.training.options import NestedOptions
 from sae_lens_matryoshka.util.checks import checked_count, invalid_option
+from sae_lens_matryoshka.util.devices import warn_of_slow_autocast
 
 # SAELens divides by these, or loops forever, unless they are positive.
 _COUNTS = (
@@ -119,6 +120,13 @@ def build_run_config(
     ):
         cfg.sae.prefix_seed = checked_count("seed", cfg.seed, 0)
     return cfg
+
+
+def warn_of_slow_products(cfg: LanguageModelSAERunnerConfig[Any], from_activations: bool) -> None:
+    """Warn if the SAE or the model, where one runs, would use bfloat16 on a CPU slow in it."""
+    warn_of_slow_autocast(cfg.device, autocast=cfg.autocast)
+    if not from_activations:
+        warn_of_slow_autocast(cfg.llm_device or cfg.device, autocast_lm=cfg.autocast_lm)
 
 
 def _check_schedules(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -14,6 +14,7 @@ from sae_lens.constants import DTYPE_MAP
 
 from sae_lens_matryoshka.activations.shards import Activations
 from sae_lens_matryoshka.kernels.dispatch import backend_for
+from sae_lens_matryoshka.runs.config import warn_of_slow_products
 from sae_lens_matryoshka.runs.varying import Sweep
 from sae_lens_matryoshka.util.files import check_writable
 from sae_lens_matryoshka.util.hook_names import check_hook_name, short_model_name
@@ -43,6 +44,7 @@ def describe_run(
         ValueError: a name is wrong, a width does not fit, or a path can't be written to.
     """
     go_offline()
+    warn_of_slow_products(cfg, from_activations=activations is not None)
     sae = cfg.sae
     lines = _describe_model(cfg) if activations is None else [_describe(activations, cfg)]
     for name in ("output_path", "checkpoint_path"):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from typing_extensions import override
 
-from sae_lens_matryoshka.runs.config import flat
+from sae_lens_matryoshka.runs.config import flat, warn_of_slow_products
 from sae_lens_matryoshka.runs.from_activations import (
     batches_for,
     config_without_model,
@@ -109,6 +109,7 @@ class MatryoshkaTrainingRunner(LanguageModelSAETrainingRunner):
                 check_writable(name, Path(getattr(cfg, name)))
         if activations is not None and not (override_dataset is None and override_model is None):
             raise ValueError("activations replace a model and its data set: give one or the other.")
+        warn_of_slow_products(cfg, from_activations=activations is not None)
         self._shard_moments, self._reads_texts = shard_moments, activations is None
         self.processes = processes = Processes.start(cfg.device, process_timeout)
         with ExitStack() as on_error:

@@ -1,4 +1,7 @@
-"""Whether PyTorch can compute on a device."""
+"""Whether PyTorch can compute on a device, and in bfloat16 at a useful speed."""
+
+import warnings
+from typing import Any
 
 import torch
 
@@ -21,3 +24,27 @@ def check_device(name: str, device: str) -> None:
         raise invalid_option(name, device, accepted) from error
     if parsed.type == "cuda" and (parsed.index or 0) >= n_gpus:
         raise invalid_option(name, device, accepted)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions that PyTorch's bfloat16 products need to be fast."""
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def warn_of_slow_autocast(device: Any, **fields: bool) -> None:
+    """Warn of each field that asks for bfloat16 on a processor that is slow in it.
+
+    Args:
+        device: That the products run on.
+        **fields: Name → value, of fields such as `autocast_lm`.
+    """
+    if torch.device(device).type != "cpu" or multiplies_bfloat16():
+        return
+    for name, value in fields.items():
+        if value:
+            warnings.warn(
+                f"{name}=True: this processor has no instructions for bfloat16, in which a product "
+                f"can take 50 times as long as in float32. Give {name}: false.",
+                stacklevel=2,
+            )

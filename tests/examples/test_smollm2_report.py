@@ -16,6 +16,7 @@ from examples.smollm2.report import (
     differences,
     letters_by_level,
     paired,
+    picture,
     table,
     tables,
 )
@@ -44,7 +45,7 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
         core = {"model_performance_preservation": losses}
         saebench["core"] = {"widths": {WIDTH: core}}
         rate = (full[0] / 10 + full[1] / 90) / 2
-        scores = {"mean_full_absorption_score": rate}
+        scores = {"mean_full_absorption_score": rate, "mean_num_split_features": 1.0}
         saebench["absorption"] = {"widths": {WIDTH: {"mean": scores, "letters": letters}}}
     levels = [{"width": WIDTH, "l0": float(arm.k), "explained_variance": explained}]
     content = {"arm": arm._asdict(), "levels": levels, "saebench": saebench}
@@ -131,6 +132,19 @@ def test_letters_by_the_level_of_their_latent(tmp_path: Path) -> None:
         write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
     rows = letters_by_level(Results(tmp_path), ("matryoshka",)).splitlines()
     assert rows[2:] == ["| matryoshka, k 12 | 50% | 0.450 | 0% |  | 50% | 0.150 |"]
+
+
+def test_the_picture_has_a_point_for_each_seed_and_a_line_through_the_means(tmp_path: Path) -> None:
+    for k, seed, n in ((12, 0, 9), (12, 1, 18), (48, 0, 27)):
+        write(tmp_path, Arm("matryoshka", k, seed), 0.8, full=(0, n))
+    axis = picture(Results(tmp_path)).axes[0]
+    assert axis.get_ylabel() == "absorption, full"
+    line, *points = (xy.tolist() for each in axis.lines if len(xy := each.get_xydata()))
+    assert line == [[12, pytest.approx(0.075)], [48, pytest.approx(0.15)]]
+    assert points == [
+        [[12, pytest.approx(0.05)], [12, pytest.approx(0.1)]],
+        [[48, pytest.approx(0.15)]],
+    ]
 
 
 def test_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
