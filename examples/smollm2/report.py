@@ -275,6 +275,24 @@ def letters_by_level(results: Results, recipes: Sequence[str]) -> str:
     return markdown_table(["SAE", *columns], lines)
 
 
+def absorbers_by_level(results: Results, recipes: Sequence[str]) -> str:
+    """Whether the latents that absorb a letter's words are in the level of the letter's latent."""
+    lines = []
+    for k, recipe in itertools.product(KS, recipes):
+        widths = (arm := Arm(recipe, k, 0)).options()["matryoshka_widths"]
+        n_levels_out = [
+            bisect_right(widths, latent) - bisect_right(widths, letter["latent"])
+            for letter in results.letters(arm)
+            for latent in letter.get("absorbing", [])
+        ]
+        if n := len(n_levels_out):
+            inner, outer = sum(x < 0 for x in n_levels_out), sum(x > 0 for x in n_levels_out)
+            shares = (f"{count / n:.0%}" for count in (inner, n - inner - outer, outer))
+            lines.append([f"{recipe}, k {k}", str(n), *shares])
+    columns = ("words absorbed", "by an inner level", "within the level", "by an outer level")
+    return markdown_table(["SAE", *columns], lines)
+
+
 def tables(results: Results) -> dict[str, str]:
     """Every table of the page."""
 
@@ -310,6 +328,7 @@ def tables(results: Results) -> dict[str, str]:
             (*SCORES, "dead"),
         ),
         "letters": letters_by_level(results, (*MAIN[1:], "wide")),
+        "absorbers": absorbers_by_level(results, (*MAIN[1:], "wide")),
         "trees": table(results, "SAE", main, TREES),
         "variants": table(
             results,

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import pandas as pd
 import yaml
 
 from examples.smollm2.arms import (
@@ -36,6 +37,7 @@ from examples.smollm2.arms import (
     tuning_arms,
 )
 from examples.smollm2.trees import count_edges
+from sae_lens_matryoshka.activations.index import Index
 from sae_lens_matryoshka.saebench.evaluations import read_result, result_file
 from sae_lens_matryoshka.saebench.records import Candidate, Record
 from sae_lens_matryoshka.util.devices import multiplies_bfloat16
@@ -166,7 +168,9 @@ class Experiment:
         self._run("levels", self._sae(arm), "--activations", held_out, "--json", measured)
         levels = json.loads(measured.read_text())["levels"]
         measured.unlink()
-        self._add(arm, {"levels": levels})
+        index = Index.read(activations)
+        trained_on = {"n_rows": index.n_rows, "autocast_lm": index.settings["autocast_lm"]}
+        self._add(arm, {"activations": trained_on, "levels": levels})
 
     def build_tree(self, arm: Arm) -> None:
         """Count the edges of an SAE's tree on held-out texts, if it is trained."""
@@ -307,9 +311,11 @@ class Experiment:
 
 
 def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
-    """What absorption found for each letter, and how well its best latent finds the letter's words.
+    """What absorption found for each letter.
 
-    Letters that the model's own probe does not find are left out, as in SAEBench's means.
+    With how well the letter's best latent finds its words, and the latents that absorb them, one
+    for each word. Letters that the model's own probe does not find are left out, as in SAEBench's
+    means.
     """
     file = result_file(out / "absorption" / "seed_0", "absorption", key)
     found = {
@@ -324,7 +330,13 @@ def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
                 "latent": row["sparse_sae_k_1_feats"][0],
                 "recall": row["recall_sum_sparse_sae_1"],
                 "precision": row["precision_sum_sparse_sae_1"],
+                "absorbing": [],
             }
+    for words in (cache / "feature_absorption" / f"{key}_custom_sae").glob("*.parquet"):
+        absorbed = pd.read_parquet(words).query("is_full_absorption")
+        for letter, latents in absorbed.groupby("letter")["top_projection_feat"]:
+            if letter in found:
+                found[str(letter)]["absorbing"] = latents.tolist()
     return found
 
 

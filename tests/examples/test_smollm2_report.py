@@ -11,6 +11,7 @@ from examples.smollm2.arms import Arm
 from examples.smollm2.intervals import Value, difference, interpolated, mean
 from examples.smollm2.report import (
     Results,
+    absorbers_by_level,
     at_equal_variance,
     cell,
     differences,
@@ -35,10 +36,11 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
                 "recall": recall,
                 "precision": recall / 2,
                 "latent": latent,
+                "absorbing": absorbing[:n],
             }
-            for letter, n, words, recall, latent in (
-                ("a", full[0], 10, 0.02, 127),
-                ("b", full[1], 90, 0.7, 896),
+            for letter, n, words, recall, latent, absorbing in (
+                ("a", full[0], 10, 0.02, 127, [0, 127, 128, 4095]),
+                ("b", full[1], 90, 0.7, 896, [895, 896, 1919, 1920]),
             )
         }
         losses = {"ce_loss_with_sae": 3.75, "ce_loss_without_sae": 3.5}
@@ -132,6 +134,14 @@ def test_letters_by_the_level_of_their_latent(tmp_path: Path) -> None:
         write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
     rows = letters_by_level(Results(tmp_path), ("matryoshka",)).splitlines()
     assert rows[2:] == ["| matryoshka, k 12 | 50% | 0.450 | 0% |  | 50% | 0.150 |"]
+
+
+def test_absorbing_latents_by_their_level(tmp_path: Path) -> None:
+    for seed, full in enumerate(((4, 0), (0, 4), (1, 2))):
+        write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
+    rows = absorbers_by_level(Results(tmp_path), ("matryoshka",)).splitlines()
+    # within the level: 0 and 896 twice, 127, 1919; inner: 895 twice; outer: 128, 1920, 4095
+    assert rows[2:] == ["| matryoshka, k 12 | 11 | 18% | 55% | 27% |"]
 
 
 def test_the_picture_has_a_point_for_each_seed_and_a_line_through_the_means(tmp_path: Path) -> None:

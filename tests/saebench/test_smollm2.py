@@ -21,6 +21,7 @@ from examples.smollm2.arms import Arm
 from sae_lens_matryoshka import load_sae
 from sae_lens_matryoshka.demo.smollm2 import MODEL, prepare_model
 from sae_lens_matryoshka.levels import levels
+from sae_lens_matryoshka.util.devices import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[2]
 ARM = Arm("matryoshka", k=16, seed=0, d_sae=512, n_steps=150, lr=3e-3)
@@ -121,6 +122,14 @@ def test_absorption(result: dict[str, Any]) -> None:
         mean = sum(letter[of_letter] for letter in letters) / len(letters)
         assert scores["mean"][name] == pytest.approx(mean)
     assert all(0 <= letter["recall"] <= 1 for letter in letters)
+    assert [len(letter["absorbing"]) for letter in letters] == [
+        letter["num_full_absorption"] for letter in letters
+    ]
+
+
+def test_what_it_was_trained_on(result: dict[str, Any]) -> None:
+    assert result["activations"]["n_rows"] >= 80_000
+    assert result["activations"]["autocast_lm"] == multiplies_bfloat16()
 
 
 def test_what_is_done_is_not_computed_again(data: Path, result: dict[str, Any]) -> None:
