@@ -38,7 +38,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
 
-    from sae_lens_matryoshka.cli.measuring import check_measuring, measure, measured_on
+    from sae_lens_matryoshka.cli.measuring import (
+        MEASURED_DTYPE,
+        check_measuring,
+        load_given,
+        measure,
+        measured_on,
+    )
     from sae_lens_matryoshka.hub.load import load_sae
     from sae_lens_matryoshka.levels.report import draw_level_stats, level_note, level_table
     from sae_lens_matryoshka.levels.slicing import set_widths
@@ -51,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     baseline = args.baseline_explained_variance
     if baseline is not None:
         check_baseline("--baseline-explained-variance", baseline)
-    widths, device = args.matryoshka_widths, args.device
-    sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
+    sae = load_given(args)
     if args.baseline:  # first, since the folder may hold no SAE
-        other = load_sae(args.baseline, device=device)
+        other = load_sae(args.baseline, device=args.device, dtype=MEASURED_DTYPE)
         set_widths(other, [other.cfg.d_sae])  # it is measured whole
         baseline = measure(other, args)[-1].explained_variance
     codes = CodeStats()

@@ -17,6 +17,7 @@ from sae_lens_matryoshka.activations.batches import rows_per_buffer
 from sae_lens_matryoshka.activations.index import BLOCK_ROWS
 from sae_lens_matryoshka.activations.shards import Activations, open_activations
 from sae_lens_matryoshka.hub.formats import read_pickle
+from sae_lens_matryoshka.hub.load import load_sae
 from sae_lens_matryoshka.levels.slicing import widths_of
 from sae_lens_matryoshka.levels.stats import (
     LevelStats,
@@ -30,6 +31,8 @@ from sae_lens_matryoshka.util.checks import invalid_option
 from sae_lens_matryoshka.util.devices import check_device
 from sae_lens_matryoshka.util.hook_names import short_model_name
 
+# of every SAE: half precision is 60 times as slow on a CPU without instructions for it
+MEASURED_DTYPE = "float32"
 _SUFFIXES = (".npy", ".pt", ".safetensors")
 _N_BATCHES = 16
 
@@ -51,6 +54,17 @@ def check_measuring(args: argparse.Namespace) -> None:
         accepted = f"an existing folder, or an existing file of {', '.join(_SUFFIXES)}"
         raise invalid_option("--activations", str(path), accepted)
     check_device("--device", args.device)
+
+
+def load_given(args: argparse.Namespace) -> SAE[Any]:
+    """The SAE that a command is about, in float32; as `load_sae`."""
+    return load_sae(
+        args.release_or_dir,
+        args.sae_id,
+        matryoshka_widths=args.matryoshka_widths,
+        device=args.device,
+        dtype=MEASURED_DTYPE,
+    )
 
 
 def measure(

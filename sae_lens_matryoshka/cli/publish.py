@@ -32,7 +32,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out and not args.dry_run:
         raise ValueError("--out needs --dry-run: without it no folder is kept.")
 
-    from sae_lens_matryoshka.cli.measuring import check_measuring, measure, measured_on
+    from sae_lens_matryoshka.cli.measuring import (
+        MEASURED_DTYPE,
+        check_measuring,
+        measure,
+        measured_on,
+    )
     from sae_lens_matryoshka.hub.load import load_sae
     from sae_lens_matryoshka.hub.publish import check_names, publish, write_publication
 
@@ -40,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("published") / args.repo_id
     check_names(args.repo_id, args.sae_id, out if args.dry_run else None)
     folder, widths = args.release_or_dir, args.matryoshka_widths
-    sae = load_sae(folder, matryoshka_widths=widths, device=args.device)
+    of_folder: Any = {"matryoshka_widths": widths, "device": args.device}
     options: dict[str, Any] = {
-        "sae": sae,
-        "stats": measure(sae, args),
+        "sae": load_sae(folder, **of_folder),
+        "stats": measure(load_sae(folder, **of_folder, dtype=MEASURED_DTYPE), args),
         "measured_on": measured_on(args),
         "with_levels": args.with_levels,
     }

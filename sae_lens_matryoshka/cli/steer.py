@@ -61,17 +61,13 @@ def run(args: argparse.Namespace) -> int:
             wanted = f"{latent}" if args.mode == "ablate" else f"{latent}=4"
             raise ValueError(f"--mode={args.mode} takes --latent {wanted}.")
 
-    from sae_lens_matryoshka.cli.measuring import load_model_of
-    from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.cli.measuring import load_given, load_model_of
     from sae_lens_matryoshka.steering import compare
     from sae_lens_matryoshka.steering.changes import checked_changes
     from sae_lens_matryoshka.util.devices import check_device
 
     check_device("--device", args.device)
-    widths, device = args.matryoshka_widths, args.device
-    sae = load_sae(
-        args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device, dtype="float32"
-    )
+    sae = load_given(args)
     latents = numbers if args.mode == "ablate" else dict(args.latent)
     checked_changes(sae, latents, args.mode)
     model = load_model_of(sae, args)

@@ -100,8 +100,12 @@ def run(args: argparse.Namespace) -> int:
     if others and not (out / "gathered").is_dir():  # which a tree begins with
         raise ValueError(f"{out} holds something else: give --out a new or an empty folder.")
 
-    from sae_lens_matryoshka.cli.measuring import check_measuring, load_model_of, open_given
-    from sae_lens_matryoshka.hub.load import load_sae
+    from sae_lens_matryoshka.cli.measuring import (
+        check_measuring,
+        load_given,
+        load_model_of,
+        open_given,
+    )
     from sae_lens_matryoshka.levels.fingerprint import fingerprint
     from sae_lens_matryoshka.tree import build_tree
     from sae_lens_matryoshka.tree.ablation import ablation_of, check_ablation
@@ -117,8 +121,7 @@ def run(args: argparse.Namespace) -> int:
     check_measuring(args)
     check_writable("--out", out)
     listening = _listen(args, has_data) if args.serve else None  # before anything long begins
-    widths, device = args.matryoshka_widths, args.device
-    sae = load_sae(args.release_or_dir, args.sae_id, matryoshka_widths=widths, device=device)
+    sae = load_given(args)
     if listening and not has_data:
         return _serve(listening, args, sae, load_model_of(sae, args))
     labels: dict[int, str] = {}

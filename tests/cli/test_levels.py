@@ -157,6 +157,21 @@ def test_levels_on_a_file(weights: Weights, capsys: Capture, name: str) -> None:
     assert picture.std() > 0.05, "something is drawn"
 
 
+@pytest.mark.usefixtures("weights")
+def test_a_float16_sae_is_measured_in_float32_and_published_as_it_is() -> None:
+    load_sae("sae", dtype="float16").save_model("half")
+    half = safetensors.torch.load_file("half/sae_weights.safetensors")
+    assert half["W_enc"].dtype == torch.float16
+    x = activations().reshape(-1, D_MODEL)
+    np.save("x.npy", x.numpy())
+    measured = ["--activations", "x.npy"]
+    assert cli.main(["levels", "half", *measured, "--json", "rows.json"]) == 0
+    is_measured_on(x, half, json.loads(Path("rows.json").read_text())["levels"])
+    assert cli.main(["publish", "half", REPO, *measured, "--dry-run", "--out", "out"]) == 0
+    [published] = Path("out").rglob("sae_weights.safetensors")
+    assert torch.equal(safetensors.torch.load_file(published)["W_enc"], half["W_enc"])
+
+
 def test_levels_on_cached_activations(
     weights: Weights, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lens_matryoshka import cli
+from sae_lens_matryoshka import cli, load_sae
+from sae_lens_matryoshka.levels.fingerprint import fingerprint
 from sae_lens_matryoshka.tree import Tree
 from sae_lens_matryoshka.tree.examples import Examples
 from sae_lens_matryoshka.tree.gathered import Gathered
@@ -47,6 +48,13 @@ def test_it_writes_a_tree(capsys):
     assert Gathered("out/gathered").n_tokens == 6000
     assert cli.main(command) == 0  # again, from what was gathered
     assert capsys.readouterr().out == out
+
+
+def test_a_float16_sae_is_encoded_in_float32():
+    load_sae("sae", dtype="float16").save_model("half")
+    assert cli.main(["tree", "half", "--activations", "x.npy", "--out", "out"]) == 0
+    weights = Gathered("out/gathered").index.settings["weights"]
+    assert weights == fingerprint(load_sae("half", dtype="float32"))
 
 
 def test_more_tokens_after_too_few(refusal: Refusal):
