@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
@@ -276,21 +277,27 @@ def letters_by_level(results: Results, recipes: Sequence[str]) -> str:
 
 
 def absorbers_by_level(results: Results, recipes: Sequence[str]) -> str:
-    """Whether the latents that absorb a letter's words are in the level of the letter's latent."""
+    """How many words latents absorb that are in the level of their letter's latent, or elsewhere.
+
+    All seeds together, in a row for letters whose latent is in the first level and one for others.
+    """
     lines = []
     for k, recipe in itertools.product(KS, recipes):
         widths = (arm := Arm(recipe, k, 0)).options()["matryoshka_widths"]
-        n_levels_out = [
-            bisect_right(widths, latent) - bisect_right(widths, letter["latent"])
-            for letter in results.letters(arm)
-            for latent in letter.get("absorbing", [])
-        ]
-        if n := len(n_levels_out):
-            inner, outer = sum(x < 0 for x in n_levels_out), sum(x > 0 for x in n_levels_out)
-            shares = (f"{count / n:.0%}" for count in (inner, n - inner - outer, outer))
-            lines.append([f"{recipe}, k {k}", str(n), *shares])
-    columns = ("words absorbed", "by an inner level", "within the level", "by an outer level")
-    return markdown_table(["SAE", *columns], lines)
+        letters = [letter for letter in results.letters(arm) if "absorbing" in letter]
+        for is_first, name in ((True, "first level"), (False, "other levels")):
+            of_name = [each for each in letters if (each["latent"] < widths[0]) == is_first]
+            counts = Counter[int]()
+            for letter in of_name:
+                level = bisect_right(widths, letter["latent"])
+                levels = (bisect_right(widths, latent) for latent in letter["absorbing"])
+                counts.update((each > level) - (each < level) for each in levels)
+            if of_name:
+                n_words = sum(letter["num_probe_true_positives"] for letter in of_name)
+                cells = (n_words, counts[-1], counts[0], counts[1])
+                lines.append([f"{recipe}, k {k}", name, *map(str, cells)])
+    columns = ("by an inner level", "within the level", "by an outer level")
+    return markdown_table(["SAE", "letter's latent", "words", *columns], lines)
 
 
 def tables(results: Results) -> dict[str, str]:

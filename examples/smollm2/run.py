@@ -321,8 +321,8 @@ def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
     found = {
         row.pop("first_letter"): row for row in json.loads(file.read_text())["eval_result_details"]
     }
-    cache = out / ".saebench" / "absorption" / "seed_0" / "artifacts" / "absorption"
-    probes = cache / f"{key}_custom_sae_k_sparse_probing.json"
+    cache, name = out / ".saebench" / "absorption" / "seed_0", f"{key}_custom_sae"
+    probes = cache / "artifacts" / "absorption" / f"{name}_k_sparse_probing.json"
     # the cache of an evaluation that was killed is gone
     for row in json.loads(probes.read_text()) if probes.exists() else []:
         if row["letter"] in found:
@@ -330,12 +330,12 @@ def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:
                 "latent": row["sparse_sae_k_1_feats"][0],
                 "recall": row["recall_sum_sparse_sae_1"],
                 "precision": row["precision_sum_sparse_sae_1"],
-                "absorbing": [],
             }
-    for words in (cache / "feature_absorption" / f"{key}_custom_sae").glob("*.parquet"):
-        absorbed = pd.read_parquet(words).query("is_full_absorption")
-        for letter, latents in absorbed.groupby("letter")["top_projection_feat"]:
+    absorbed = cache / "sae_bench" / "artifacts" / "absorption" / "feature_absorption" / name
+    for file in absorbed.glob("*.parquet"):
+        for letter, words in pd.read_parquet(file).groupby("letter"):
             if letter in found:
+                latents = words["top_projection_feat"][words["is_full_absorption"]]
                 found[str(letter)]["absorbing"] = latents.tolist()
     return found
 

@@ -140,8 +140,10 @@ def test_absorbing_latents_by_their_level(tmp_path: Path) -> None:
     for seed, full in enumerate(((4, 0), (0, 4), (1, 2))):
         write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
     rows = absorbers_by_level(Results(tmp_path), ("matryoshka",)).splitlines()
-    # within the level: 0 and 896 twice, 127, 1919; inner: 895 twice; outer: 128, 1920, 4095
-    assert rows[2:] == ["| matryoshka, k 12 | 11 | 18% | 55% | 27% |"]
+    assert rows[2:] == [
+        "| matryoshka, k 12 | first level | 30 | 0 | 3 | 2 |",  # 0, 127, 0; 128, 4095
+        "| matryoshka, k 12 | other levels | 270 | 2 | 3 | 1 |",  # 895, 895; 896, 1919, 896; 1920
+    ]
 
 
 def test_the_picture_has_a_point_for_each_seed_and_a_line_through_the_means(tmp_path: Path) -> None:
