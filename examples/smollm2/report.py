@@ -218,17 +218,17 @@ def differences(results: Results, arms: Mapping[str, Arm], columns: Sequence[str
     return markdown_table(["against batchtopk", *columns], lines)
 
 
-def paired(results: Results, recipes: Sequence[str], columns: Sequence[str]) -> str:
-    """What a recipe changes against plain nesting with the same seed: a row for each recipe."""
+def paired(results: Results, arms: Iterable[Arm], columns: Sequence[str]) -> str:
+    """What a recipe changes against plain nesting with the same seed: a row for each SAE."""
     lines = []
-    for recipe in recipes:
+    for arm in arms:
         cells = []
         for column in columns:
-            ours, plain = (results.by_seed(Arm(r, 24, 0), column) for r in (recipe, MAIN[1]))
-            value = paired_difference(ours, plain)
+            plain = results.by_seed(arm._replace(recipe=MAIN[1]), column)
+            value = paired_difference(results.by_seed(arm, column), plain)
             cells.append(cell(value, COLUMNS[column][1], sign="+"))
         if any(cells):
-            lines.append([recipe, *cells])
+            lines.append([f"{arm.recipe}, k {arm.k}", *cells])
     return markdown_table(["against matryoshka", *columns], lines)
 
 
@@ -343,7 +343,11 @@ def tables(results: Results) -> dict[str, str]:
             whole((r, Arm(r, 24, 0)) for r in VARIANTS),
             (*SCORES, "edges", "dead"),
         ),
-        "paired": paired(results, ("recommended", "faded"), (*DIFFERENCES[:6], "edges", "dead")),
+        "paired": paired(
+            results,
+            [*(Arm("recommended", k, 0) for k in KS), Arm("faded", 24, 0)],
+            (*DIFFERENCES[:6], "edges", "dead"),
+        ),
         "width": table(
             results,
             "SAE",

@@ -125,8 +125,9 @@ def test_recipes_are_compared_by_seed(tmp_path: Path) -> None:
         write(tmp_path, Arm("matryoshka", 24, seed), plain)
         if faded:
             write(tmp_path, Arm("faded", 24, seed), faded)
-    rows = paired(Results(tmp_path), ("recommended", "faded"), ("variance expl.",)).splitlines()
-    assert rows[2:] == ["| faded | +0.100 ± 0.000 |"]
+    arms = Arm("recommended", 24, 0), Arm("faded", 24, 0)
+    rows = paired(Results(tmp_path), arms, ("variance expl.",)).splitlines()
+    assert rows[2:] == ["| faded, k 24 | +0.100 ± 0.000 |"]
 
 
 def test_letters_by_the_level_of_their_latent(tmp_path: Path) -> None:
