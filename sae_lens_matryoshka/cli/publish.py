@@ -1,6 +1,7 @@
 """`sae-matryoshka publish`: an SAE, its levels and a model card on the Hub."""
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out and not args.dry_run:
         raise ValueError("--out needs --dry-run: without it no folder is kept.")
 
+    from sae_lens.constants import DTYPE_MAP
+
     from sae_lens_matryoshka.cli.measuring import (
         MEASURED_DTYPE,
         check_measuring,
@@ -45,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("published") / args.repo_id
     check_names(args.repo_id, args.sae_id, out if args.dry_run else None)
     folder, widths = args.release_or_dir, args.matryoshka_widths
-    of_folder: Any = {"matryoshka_widths": widths, "device": args.device}
+    sae = load_sae(folder, matryoshka_widths=widths, device=args.device)
     options: dict[str, Any] = {
-        "sae": load_sae(folder, **of_folder),
-        "stats": measure(load_sae(folder, **of_folder, dtype=MEASURED_DTYPE), args),
+        "sae": sae,
+        "stats": measure(copy.deepcopy(sae).to(dtype=DTYPE_MAP[MEASURED_DTYPE]), args),
         "measured_on": measured_on(args),
         "with_levels": args.with_levels,
     }
