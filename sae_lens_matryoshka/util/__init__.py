@@ -1,1 +1,1 @@
-"""Small helpers that all other rooms share."""
+"""Small helpers that all other subpackages share."""
