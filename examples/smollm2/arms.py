@@ -8,7 +8,7 @@ from sae_lens_matryoshka.training.widths import paper_widths
 D_IN = 576
 BATCH_SIZE = 1024
 N_STEPS = 4400
-N_ROWS = {7: 8_192_000, 10: 2_252_800, 14: 4_505_600}  # layer → activations to train on
+MAX_ROWS = 8_192_000  # of the activations of a layer: 9 GB
 LR = 6e-4
 _RECIPE = ("latent_order", "stop_gradient", "k_start", "k_anneal_steps")  # of `recommended`
 
@@ -44,6 +44,11 @@ class Arm(NamedTuple):
             if getattr(self, field) != defaults[field]
         ]
         return "-".join([self.recipe, f"k_{self.k}", *changed, f"seed_{self.seed}"])
+
+    @property
+    def n_rows(self) -> int:
+        """How many activations are cached to train it: each is seen once, up to `MAX_ROWS`."""
+        return min(self.n_steps * BATCH_SIZE, MAX_ROWS)
 
     def options(self) -> dict[str, Any]:
         """The fields of the SAE's training config."""
@@ -87,6 +92,7 @@ def all_arms() -> list[Arm]:
             for seed in seeds
             for recipe in ("frequency", "ordered", "drawn", "faded")
         ),
+        *(Arm(recipe, 6, seed) for seed in seeds for recipe in ("frequency", "ordered")),
         *(Arm("wide", 12, seed) for seed in seeds),
         *(
             Arm(recipe, 24, 0, n_steps=n_steps)

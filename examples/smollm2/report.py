@@ -1,8 +1,9 @@
-"""The tables and pictures of docs/results/smollm2.md, from the files that `run.py` writes.
+"""Tables and a picture of the files that `run.py` writes.
 
-    python -m examples.smollm2.report
+    python -m examples.smollm2.report --results smollm2/results   # writes report.md and .png there
+    python -m examples.smollm2.report                             # of docs/results/smollm2.md
 
-A table stands in the page between `<!-- table NAME -->` and `<!-- end -->`, where it is replaced.
+A table stands in that page between `<!-- table NAME -->` and `<!-- end -->`, where it is replaced.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import re
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
@@ -27,7 +29,8 @@ from sae_lens_matryoshka.util.markdown import markdown_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "smollm2.md"
 MAIN = ("batchtopk", "matryoshka", "recommended")
-VARIANTS = (*MAIN, "frequency", "ordered", "drawn", "faded")
+PARTS = ("frequency", "ordered")  # one and two of the three changes of `recommended`
+VARIANTS = (*MAIN, *PARTS, "drawn", "faded")
 KS = (6, 12, 24, 48)
 # What a row of a table shows: header → where a level's value is, and its digits
 _ABSORPTION = "absorption.mean."
@@ -204,32 +207,50 @@ def table(
     return markdown_table([first, *columns, "seeds"], lines)
 
 
-def differences(results: Results, arms: Mapping[str, Arm], columns: Sequence[str]) -> str:
-    """What nesting changes at the same k: a row for each nested SAE, its label → a seed of it."""
+def signed_table(
+    first: str, columns: Sequence[str], rows: Mapping[str, Callable[[str], Value | None]]
+) -> str:
+    """A row for each label that has a value: label → column → difference."""
     lines = []
-    for label, arm in arms.items():
-        cells = []
-        for column in columns:
-            plain = results.by_seed(arm._replace(recipe=MAIN[0]), column)
-            value = difference(results.by_seed(arm, column).values(), plain.values())
-            cells.append(cell(value, COLUMNS[column][1], sign="+"))
+    for label, difference_of in rows.items():
+        cells = [cell(difference_of(each), COLUMNS[each][1], sign="+") for each in columns]
         if any(cells):
             lines.append([label, *cells])
-    return markdown_table(["against batchtopk", *columns], lines)
+    return markdown_table([first, *columns], lines)
+
+
+def differences(results: Results, arms: Mapping[str, Arm], columns: Sequence[str]) -> str:
+    """What nesting changes at the same k: a row for each nested SAE, its label → a seed of it."""
+
+    def against_batchtopk(arm: Arm, column: str) -> Value | None:
+        plain = results.by_seed(arm._replace(recipe=MAIN[0]), column)
+        return difference(results.by_seed(arm, column).values(), plain.values())
+
+    rows = {label: partial(against_batchtopk, arm) for label, arm in arms.items()}
+    return signed_table("against batchtopk", columns, rows)
 
 
 def paired(results: Results, arms: Iterable[Arm], columns: Sequence[str]) -> str:
     """What a recipe changes against plain nesting with the same seed: a row for each SAE."""
-    lines = []
-    for arm in arms:
-        cells = []
-        for column in columns:
-            plain = results.by_seed(arm._replace(recipe=MAIN[1]), column)
-            value = paired_difference(results.by_seed(arm, column), plain)
-            cells.append(cell(value, COLUMNS[column][1], sign="+"))
-        if any(cells):
-            lines.append([f"{arm.recipe}, k {arm.k}", *cells])
-    return markdown_table(["against matryoshka", *columns], lines)
+
+    def against_matryoshka(arm: Arm, column: str) -> Value | None:
+        plain = results.by_seed(arm._replace(recipe=MAIN[1]), column)
+        return paired_difference(results.by_seed(arm, column), plain)
+
+    rows = {f"{arm.recipe}, k {arm.k}": partial(against_matryoshka, arm) for arm in arms}
+    return signed_table("against matryoshka", columns, rows)
+
+
+def by_activations(results: Results, earlier: Results, columns: Sequence[str]) -> str:
+    """What changed with the activations that the same SAEs were trained on."""
+
+    def against_earlier(arm: Arm, column: str) -> Value | None:
+        before = earlier.by_seed(arm, column)
+        return difference(results.by_seed(arm, column).values(), before.values())
+
+    arms = [Arm(recipe, k, 0) for k in KS for recipe in MAIN]
+    rows = {f"{arm.recipe}, k {arm.k}": partial(against_earlier, arm) for arm in arms}
+    return signed_table("against bfloat16", columns, rows)
 
 
 def at_equal_variance(results: Results, columns: Sequence[str]) -> str:
@@ -300,8 +321,8 @@ def absorbers_by_level(results: Results, recipes: Sequence[str]) -> str:
     return markdown_table(["SAE", "letter's latent", "words", *columns], lines)
 
 
-def tables(results: Results) -> dict[str, str]:
-    """Every table of the page."""
+def tables(results: Results, earlier: Results) -> dict[str, str]:
+    """Every table of the page; `earlier` holds the SAEs trained on activations in bfloat16."""
 
     def whole(arms: Iterable[tuple[str, Arm]]) -> dict[str, tuple[Arm, int]]:
         return {label: (arm, arm.d_sae) for label, arm in arms}
@@ -313,7 +334,7 @@ def tables(results: Results) -> dict[str, str]:
     )
     nested = {label: arm for label, (arm, _) in main.items() if arm.recipe != MAIN[0]}
     nested |= {
-        "wide, k 12": Arm("wide", 12, 0),
+        **{f"{r}, k 6": Arm(r, 6, 0) for r in PARTS},
         "matryoshka, k 24, layer 14": Arm(MAIN[1], 24, 0, layer=14),
         "matryoshka, k 24, lr 0.0012": Arm(MAIN[1], 24, 0, lr=1.2e-3),
     }
@@ -326,16 +347,32 @@ def tables(results: Results) -> dict[str, str]:
         "main": table(results, "SAE", main, SCORES),
         "others": table(results, "SAE", main, others),
         "differences": differences(results, nested, DIFFERENCES),
+        "earlier": differences(
+            earlier,
+            {
+                f"{arm.recipe}, k {arm.k}": arm
+                for arm in (Arm(MAIN[1], 6, 0), Arm(MAIN[1], 12, 0), Arm("wide", 12, 0))
+            },
+            DIFFERENCES[:-1],
+        ),
         "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
         "first_level": table(
-            results,
+            earlier,
             "SAE",
             whole((r, Arm(r, 12, 0)) for r in (*MAIN[:2], "wide")),
             (*SCORES, "dead"),
         ),
-        "letters": letters_by_level(results, (*MAIN[1:], "wide")),
-        "absorbers": absorbers_by_level(results, (*MAIN[1:], "wide")),
+        "first_level_letters": letters_by_level(earlier, ("wide",)),
+        "letters": letters_by_level(results, (*MAIN[1:], *PARTS)),
+        "absorbers": absorbers_by_level(results, (*MAIN[1:], *PARTS)),
+        "changes": table(
+            results,
+            "SAE",
+            whole((r, Arm(r, 6, 0)) for r in (*MAIN[:2], *PARTS, MAIN[2])),
+            (*SCORES, "dead"),
+        ),
+        "activations": by_activations(results, earlier, (*SCORES[1:], "dead")),
         "trees": table(results, "SAE", main, TREES),
         "variants": table(
             results,
@@ -345,7 +382,11 @@ def tables(results: Results) -> dict[str, str]:
         ),
         "paired": paired(
             results,
-            [*(Arm("recommended", k, 0) for k in KS), Arm("faded", 24, 0)],
+            [
+                *(Arm(r, 6, 0) for r in PARTS),
+                *(Arm("recommended", k, 0) for k in KS),
+                Arm("faded", 24, 0),
+            ],
             (*DIFFERENCES[:6], "edges", "dead"),
         ),
         "width": table(
@@ -413,26 +454,48 @@ def picture(results: Results) -> Figure:
     return figure
 
 
+def replaced(text: str, name: str, content: str) -> str:
+    """The page with a table in its place.
+
+    Raises:
+        ValueError: There is no such place.
+    """
+    place = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"{PAGE} has no place for the table {name}.")
+    return place.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replace the tables of the page, and draw its picture.
+    """Write the tables, and draw the picture.
 
     Returns:
-        The exit code: 0; 2 if the page lacks the place of a table.
+        The exit code: 0; 2 if there are no results, or the page lacks the place of a table.
     """
-    parser = argparse.ArgumentParser(description="Tables and pictures of docs/results/smollm2.md.")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser = argparse.ArgumentParser(description="Tables and a picture of what run.py found.")
+    parser.add_argument("--results", type=Path, help="default: those of docs/results/smollm2.md")
     args = parser.parse_args(argv)
-    results = Results(args.page.with_suffix(""))
-    text = args.page.read_text()
-    for name, content in tables(results).items():
-        place = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not place.search(text):
-            print(f"error: {args.page} has no place for the table {name}.", file=sys.stderr)
-            return 2
-        text = place.sub(lambda found, c=content: f"{found[1]}\n{c}\n\n{found[2]}", text)
-    with atomic_file(args.page) as unfinished:
+    folder = args.results or PAGE.with_suffix("")
+    page = folder / "report.md" if args.results else PAGE
+    try:
+        if not any(folder.glob("*.json")):
+            raise ValueError(f"--results {folder} has no JSON file: run.py writes them.")
+        results = Results(folder)
+        found = tables(results, Results(folder / "bfloat16"))
+        if args.results:
+            filled = {name: each for name, each in found.items() if each.count("\n") > 1}
+            text = "\n\n".join(f"## {name}\n\n{each}" for name, each in filled.items()) + "\n"
+        else:
+            text = PAGE.read_text()
+            for name, each in found.items():
+                text = replaced(text, name, each)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with atomic_file(page) as unfinished:
         unfinished.write_text(text)
-    picture(results).savefig(args.page.with_suffix(".png"), dpi=130)
+    picture(results).savefig(page.with_suffix(".png"), dpi=130)
+    print(page)
     return 0
 
 

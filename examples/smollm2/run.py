@@ -3,7 +3,7 @@
     python -m examples.smollm2.run [--arms PATTERN …] [--steps train tree evaluate]
 
 It runs the commands of `sae-matryoshka` in the folder that `make smollm2` fills, and writes a JSON
-file for each SAE to docs/results/smollm2. What a file holds is not computed again; a stopped
+file for each SAE to its folder `results`. What a file holds is not computed again; a stopped
 training resumes from its last checkpoint, a stopped evaluation after its last result. To use two
 cores, run `--steps train` in one terminal and, once SAEs are there, `--steps evaluate` in another;
 it evaluates those that are trained when it starts.
@@ -30,7 +30,6 @@ import yaml
 from examples.smollm2.arms import (
     BATCH_SIZE,
     D_IN,
-    N_ROWS,
     Arm,
     all_arms,
     evaluated_widths,
@@ -45,7 +44,6 @@ from sae_lens_matryoshka.util.files import atomic_file
 
 CACHE = Path(__file__).with_name("cache.yaml").resolve()
 CONFIG = Path(__file__).with_name("matryoshka.yaml").resolve()
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "smollm2"
 # the 44 of sae-probes' 113 data sets with the fewest characters: 1M tokens of 35M
 PROBED = Path(__file__).with_name("probed.txt").read_text().splitlines()
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "sparse_probing_sae_probes": {"dataset_names": PROBED},  # last, since it takes longest
 }
-_N_HELD_OUT = 200_000  # activations that L0 and variance explained are measured on
+N_HELD_OUT = 200_000  # activations that L0 and variance explained are measured on
 _SHARE_OF_DECAY = 0.2  # of the steps, at whose end the learning rate falls to 0
 # glibc returns memory to Linux after each batch, and asks for it anew page by page
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
@@ -75,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="Train and evaluate the SAEs of arms.py.")
     parser.add_argument("--data", type=Path, default=Path("smollm2"), help="default: smollm2")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
+    parser.add_argument("--results", type=Path, help="of the JSON files; default: DATA/results")
     parser.add_argument("--arms", nargs="+", default=["*"], metavar="PATTERN", help="default: '*'")
     parser.add_argument(
         "--steps",
@@ -93,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arms:
             raise ValueError(f"--arms {' '.join(args.arms)} matches none of the SAEs of arms.py.")
-        experiment = Experiment(args.data.resolve(), args.results.resolve())
+        results = args.results or args.data / "results"
+        experiment = Experiment(args.data.resolve(), results.resolve())
         if "train" in args.steps:
             for arm in arms:
                 experiment.train(arm)
@@ -112,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped. The same command resumes.", file=sys.stderr)
         return 130
+    print(f"{results} has what was found; python -m examples.smollm2.report --results {results}")
     return 0
 
 
@@ -159,8 +159,8 @@ class Experiment:
         """Train an SAE and measure its levels on held-out activations, unless that is done."""
         if "levels" in self.result(arm):
             return
-        activations = self._cached(arm.layer, "train", N_ROWS[arm.layer])
-        held_out = self._cached(arm.layer, "held_out", _N_HELD_OUT)
+        activations = self._cached(arm.layer, "train", arm.n_rows)
+        held_out = self._cached(arm.layer, "held_out", N_HELD_OUT)
         if not self._is_trained(arm):
             self._run("train", self._config(arm), "--activations", activations, *self._resume(arm))
             shutil.rmtree(self._checkpoints(arm), ignore_errors=True)
@@ -178,7 +178,7 @@ class Experiment:
             # on texts and not on cached activations, which are shuffled: the tests look at which
             # tokens are near each other
             page = self.work / f"tree_{arm.name}"
-            texts = ("--dataset", "texts/held_out", "--tokens", _N_HELD_OUT)
+            texts = ("--dataset", "texts/held_out", "--tokens", N_HELD_OUT)
             self._run("tree", self._sae(arm), *texts, "--out", page)
             self._add(arm, {"tree": count_edges(self._sae(arm), page)})
             shutil.rmtree(page)
@@ -248,8 +248,8 @@ class Experiment:
             unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
     def _cached(self, layer: int, texts: str, n_rows: int) -> Path:
-        """The folder of a layer's activations, written if it has fewer rows."""
-        folder = self.work / f"{texts}_layer_{layer}"
+        """The folder of a layer's activations, written unless it is complete."""
+        folder = self.work / cached_name(texts, layer, n_rows)
         # float32 where bfloat16 would take a day; activations differ by 0.6 % (median)
         precision = () if multiplies_bfloat16() else ("--autocast_lm", "false")
         self._run(
@@ -308,6 +308,11 @@ class Experiment:
             raise
         if code not in accepted:
             raise subprocess.CalledProcessError(code, words)
+
+
+def cached_name(texts: str, layer: int, n_rows: int) -> str:
+    """What the folder of a layer's activations is called."""
+    return f"{texts}_layer_{layer}_rows_{n_rows}"
 
 
 def _letters(out: Path, key: str) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ those of the written file, on held-out activations.
 """
 
 import argparse
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sae_lens import SAE
 
+from examples.smollm2.run import N_HELD_OUT, cached_name
 from sae_lens_matryoshka import cli
 from sae_lens_matryoshka.demo.real_text import SAE_FOLDER
 from sae_lens_matryoshka.hub.load import SHIPPED
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     sae = SAE.load_from_disk(trained, dtype="float16")
     layer = sae.cfg.metadata.hook_name.rpartition(".")[2]
-    held_out = args.experiment / f"held_out_layer_{layer}"
+    held_out = args.experiment / cached_name("held_out", int(layer), N_HELD_OUT)
     with tempfile.TemporaryDirectory() as temporary:
         halved, published = Path(temporary, "halved"), Path(temporary, "published")
         sae.save_model(halved)
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_folder(SAE_FOLDER) as unfinished:
             for file in (published / "sae").iterdir():
                 (unfinished / file.name).write_bytes(file.read_bytes())
-            (unfinished / "README.md").write_text(_loaded_from_disk(card))
+            (unfinished / "README.md").write_text(_loaded_from_disk(card, held_out.name))
     return 0
 
 
-def _loaded_from_disk(card: str) -> str:
+def _loaded_from_disk(card: str, held_out: str) -> str:
     """The card of a folder, not of a repository of the Hub, and for readers without its data."""
     imported = "from sae_lens_matryoshka.demo.real_text import SAE_FOLDER"
     for old, new in (
@@ -64,9 +64,10 @@ def _loaded_from_disk(card: str) -> str:
         (f'load_sae("{REPO_ID}", "sae")', f'load_sae("{SHIPPED}")'),
         ("datasets:\n- texts/train\n", ""),  # a name that the Hub would link
         ("texts/train", "the training texts of `make smollm2`"),
+        (held_out, "held-out documents of the same sources"),
     ):
         card = card.replace(old, new)
-    return re.sub(r"held_out_layer_\d+", "held-out documents of the same sources", card)
+    return card
 
 
 if __name__ == "__main__":

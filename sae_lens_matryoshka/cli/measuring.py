@@ -138,7 +138,8 @@ def load_model_of(sae: SAE[Any], args: argparse.Namespace) -> Any:
                 hook_names=[metadata.hook_name],
             )
     except OSError as error:
-        raise OSError(f"the model {name!r} can't be loaded: {error}") from error
+        missing = "" if Path(name).is_dir() else f"; {Path.cwd()} has no folder of that name"
+        raise OSError(f"the model {name!r} can't be loaded{missing}: {error}") from error
     if metadata.hook_name not in model.hook_dict:
         raise ValueError(f"the model {name!r} has no hook {metadata.hook_name!r}.")
     return model

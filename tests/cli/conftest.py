@@ -15,6 +15,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
     """The one line that the command line answers, behind the traces of a progress bar."""
 
     def run(*words: str | Path, code: int = 2) -> str:
+        capsys.readouterr()  # what was written before the command
         assert cli.main([str(word) for word in words]) == code
         line = capsys.readouterr().err.rpartition("\r")[2]
         assert line.startswith("error: ")

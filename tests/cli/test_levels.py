@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -274,6 +275,20 @@ def test_unknown_model_and_hook(tmp_path: Path, refusal: Refusal) -> None:
         patch.setattr(measuring, "load_model", lambda *_, **__: small)
         said = refusal("levels", str(sae), "--dataset", "t", "--model", "gpt2")
     assert "the model 'gpt2' has no hook 'blocks.0.hook_x'" in said
+
+
+def test_model_that_is_neither_here_nor_on_the_hub(
+    tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_sae(tmp_path / "sae", hook_name="blocks.0.hook_x", context_size=8, prepend_bos=True)
+    offline = Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(measuring, "load_model", offline)
+    monkeypatch.chdir(tmp_path)
+    said = refusal("levels", "sae", "--dataset", "t", "--model", "gpt2", code=1)
+    expected = (
+        f"the model 'gpt2' can't be loaded; {tmp_path} has no folder of that name: no network"
+    )
+    assert said == f"error: {expected}\n"
 
 
 WRONG = {

@@ -13,9 +13,11 @@ from examples.smollm2.report import (
     Results,
     absorbers_by_level,
     at_equal_variance,
+    by_activations,
     cell,
     differences,
     letters_by_level,
+    main,
     paired,
     picture,
     table,
@@ -49,7 +51,8 @@ def write(folder: Path, arm: Arm, explained: float, full: tuple[int, int] | None
         rate = (full[0] / 10 + full[1] / 90) / 2
         scores = {"mean_full_absorption_score": rate, "mean_num_split_features": 1.0}
         saebench["absorption"] = {"widths": {WIDTH: {"mean": scores, "letters": letters}}}
-    levels = [{"width": WIDTH, "l0": float(arm.k), "explained_variance": explained}]
+    measured = {"l0": float(arm.k), "explained_variance": explained, "n_dead": 5, "max_cosine": 0.2}
+    levels = [{"width": WIDTH, **measured}]
     content = {"arm": arm._asdict(), "levels": levels, "saebench": saebench}
     (folder / f"{arm.name}.json").write_text(json.dumps(content))
 
@@ -130,6 +133,17 @@ def test_recipes_are_compared_by_seed(tmp_path: Path) -> None:
     assert rows[2:] == ["| faded, k 24 | +0.100 ± 0.000 |"]
 
 
+def test_the_same_saes_are_compared_on_other_activations(tmp_path: Path) -> None:
+    (earlier := tmp_path / "bfloat16").mkdir()
+    for seed, explained in enumerate((0.5, 0.7)):
+        write(tmp_path, Arm("matryoshka", 6, seed), explained)
+        write(earlier, Arm("matryoshka", 6, seed), explained - 0.2)
+    write(tmp_path, Arm("batchtopk", 6, 0), 0.9)
+    rows = by_activations(Results(tmp_path), Results(earlier), ("variance expl.",)).splitlines()
+    # 4.3027: Student's t of Welch's 2 degrees of freedom; √0.02: the standard deviation of each
+    assert rows[2:] == [f"| matryoshka, k 6 | +0.200 ± {4.3027 * 0.02**0.5:.3f} |"]
+
+
 def test_letters_by_the_level_of_their_latent(tmp_path: Path) -> None:
     for seed, full in enumerate(((5, 9), (4, 18))):
         write(tmp_path, Arm("matryoshka", 12, seed), 0.8, full)
@@ -160,7 +174,22 @@ def test_the_picture_has_a_point_for_each_seed_and_a_line_through_the_means(tmp_
     ]
 
 
+def test_a_report_of_other_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--results", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: --results {tmp_path} has no JSON file: run.py writes them.\n"
+    )
+    write(tmp_path, Arm("matryoshka", 24, 0), 0.75)
+    assert main(["--results", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "\n| matryoshka, k 24 | 24.0 | 0.750 |" in text
+    assert "## tuning" not in text, "it has no rows"
+    assert (tmp_path / "report.png").exists()
+
+
 def test_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "results" / "smollm2.md"
     places = [line for line in page.read_text().splitlines() if line.startswith("<!-- table ")]
-    assert sorted(places) == sorted(f"<!-- table {name} -->" for name in tables(Results(tmp_path)))
+    empty = Results(tmp_path)
+    assert sorted(places) == sorted(f"<!-- table {name} -->" for name in tables(empty, empty))
