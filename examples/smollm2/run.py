@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped. The same command resumes.", file=sys.stderr)
         return 130
-    print(f"{results} has what was found; python -m examples.smollm2.report --results {results}")
+    tables = f"python -m examples.smollm2.report --results {results}"
+    print(f"{results} has what was found; for tables: {tables}")
     return 0
 
 
