@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped. The same command resumes.", file=sys.stderr)
         return 130
+    if args.steps != ["train"] and (missing := experiment.trained_elsewhere(arms)):
+        print(f"no trees or evaluations, since not in {experiment.saes}: {', '.join(missing)}")
     tables = f"python -m examples.smollm2.report --results {results}"
     print(f"{results} has what was found; for tables: {tables}")
     return 0
@@ -141,6 +143,7 @@ class Experiment:
                 raise ValueError(f"{data / needed} is missing: run make smollm2 first.")
         self.data, self.results = data, results
         self.work = data / "experiment"
+        self.saes = self.work / "saes"
         self.work.mkdir(exist_ok=True)
         results.mkdir(parents=True, exist_ok=True)
 
@@ -203,6 +206,15 @@ class Experiment:
                     of_them = [arm for arm in missing if levels_of[arm] == levels]
                     self._evaluate(evaluation, layer, of_them, levels)
         return all(self._is_evaluated(arm, each) for arm in trained for each in SETTINGS)
+
+    def trained_elsewhere(self, arms: Iterable[Arm]) -> list[str]:
+        """The SAEs that are not here and whose results lack what can't be computed without them."""
+        return [
+            arm.name
+            for arm in arms
+            if (known := self.result(arm)) and not self._is_trained(arm)
+            if "tree" not in known or not all(self._is_evaluated(arm, each) for each in SETTINGS)
+        ]
 
     def _is_trained(self, arm: Arm) -> bool:
         return (self._sae(arm) / "runner_cfg.json").exists()  # which SAELens writes last
@@ -285,7 +297,7 @@ class Experiment:
         return [] if newest is None else ["--resume_from_checkpoint", str(newest.parent)]
 
     def _sae(self, arm: Arm) -> Path:
-        return self.work / "saes" / arm.name
+        return self.saes / arm.name
 
     def _checkpoints(self, arm: Arm) -> Path:
         return self.work / "checkpoints" / arm.name

@@ -17,6 +17,7 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.smollm2 import ship
 from examples.smollm2.arms import Arm
 from sae_lens_matryoshka import load_sae
 from sae_lens_matryoshka.demo.smollm2 import MODEL, prepare_model
@@ -26,13 +27,14 @@ from sae_lens_matryoshka.util.devices import multiplies_bfloat16
 ROOT = Path(__file__).parents[2]
 ARM = Arm("matryoshka", k=16, seed=0, d_sae=512, n_steps=150, lr=3e-3)
 WIDTHS = [16, 48, 112, 240, 512]
+N_HELD_OUT = 8_000
 SMALL = """
 import sys
 from examples.smollm2 import arms, run
-from tests.saebench.test_smollm2 import ARM
+from tests.saebench.test_smollm2 import ARM, N_HELD_OUT
 
 run.all_arms, run.tuning_arms = lambda: [ARM], lambda: []
-arms.MAX_ROWS, run.N_HELD_OUT = 80_000, 8_000
+arms.MAX_ROWS, run.N_HELD_OUT = 80_000, N_HELD_OUT
 run.evaluated_widths = lambda arm, evaluation: [arm.d_sae]
 run.SETTINGS = {
     "absorption": {"n_words": 520, "min_feats_for_eval": 2, "k_sparse_probe_num_epochs": 10},
@@ -147,6 +149,30 @@ def test_it_loads_with_plain_saelens(data: Path, result: dict[str, Any]) -> None
     torch.testing.assert_close(plain(x), ours(x), rtol=0, atol=0)
     assert [level.cfg.d_sae for level in levels(ours)] == WIDTHS
     assert plain.cfg.metadata.hook_name == "model.layers.7"
+
+
+def test_the_shipped_file_is_halved_and_measured(
+    data: Path, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped"
+    monkeypatch.setattr(ship, "SAE_FOLDER", shipped)
+    monkeypatch.setattr(ship, "N_HELD_OUT", N_HELD_OUT)
+    assert ship.main([ARM.name, "--experiment", str(data / "experiment")]) == 0
+    trained = SAE.load_from_disk(data / "experiment" / "saes" / ARM.name)
+    plain = SAE.load_from_disk(shipped)
+    assert plain.W_dec.dtype == torch.float16
+    torch.testing.assert_close(plain.W_dec, trained.W_dec.half(), rtol=0, atol=0)
+    card = (shipped / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    in_card = {row[0]: row for row in rows}
+    for level in result["levels"]:
+        _, _, l0, explained, *_ = in_card[str(level["width"])]
+        assert float(l0) == pytest.approx(level["l0"], abs=0.05)  # float16 moves few activations
+        assert float(explained) == pytest.approx(level["explained_variance"], abs=0.002)
+    assert "SAE.load_from_disk(SAE_FOLDER)" in card
+    assert "texts/train" not in card
+    assert "held_out_layer" not in card
+    assert ship.main(["nothing", "--experiment", str(data / "experiment")]) == 2
 
 
 def test_residuals_are_those_of_transformers(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
