@@ -13,11 +13,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_lens_matryoshka.saebench import workarounds
 from sae_lens_matryoshka.saebench.candidates import load_candidates
 from sae_lens_matryoshka.saebench.evaluations import config_class, read_result, saebench_module
 from sae_lens_matryoshka.saebench.records import Job
 from sae_lens_matryoshka.saebench.workarounds import Named, SeededSAEs
+from sae_lens_matryoshka.util.devices import multiplies_bfloat16
 
 # What SAEBench's own scripts set, beside its configs' defaults.
 _SCRIPT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,6 +51,8 @@ def make_config(job: Job) -> Any:
         "random_seed": job.seed,
         "llm_dtype": LLM_NAME_TO_DTYPE.get(job.model_name, "float32"),
         "llm_batch_size": batch_size // _BATCH_DIVISORS.get(job.evaluation, 1),
+        # of meta-SAEs; in bfloat16 they take hours on a processor that has no instructions for it
+        "autocast": torch.device(job.device).type != "cpu" or multiplies_bfloat16(),
         # Activations depend on the model alone, so seeds share them.
         "model_cache_path": str(job.shared / "activations"),
     }
