@@ -214,10 +214,11 @@ def test_a_text_with_its_latents_by_level(odd, sae, opened):
     with torch.no_grad():
         x = model().run_with_cache(torch.tensor(ids)[None].long())[1][HOOK][0]
         codes = sae.encode(x)
-    tokens.nth(4).click()
-    shown = page.locator("#token a.latent b").all_text_contents()
     expected = codes[5].nonzero().flatten().tolist()
-    assert sorted(map(int, shown)) == expected
+    tokens.nth(4).click()
+    shown = page.locator("#token a.latent b")
+    expect(shown).to_have_count(len(expected))
+    assert sorted(map(int, shown.all_text_contents())) == expected
     page.locator("#tokens").press("ArrowRight")
     expect(page).to_have_url(re.compile("token=6"))
     expect(page.locator("#tokens")).to_be_focused()
