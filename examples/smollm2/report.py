@@ -68,7 +68,8 @@ ABSORPTION = (
 )
 DIFFERENCES = (
     *("variance expl.", "absorption, full", "full, letters found", "absorption, fraction"),
-    *("latents per letter", "probing, top 1", "meta-SAE variance", "max cosine", "CE loss added"),
+    *("latents per letter", "probing, top 1", "meta-SAE variance", "max cosine", "edges"),
+    "CE loss added",
 )
 TREES = (
     *("pairs tested", "edges", "edges by level", "latents with a parent", "parents", "families"),
@@ -353,9 +354,9 @@ def tables(results: Results, earlier: Results) -> dict[str, str]:
                 f"{arm.recipe}, k {arm.k}": arm
                 for arm in (Arm(MAIN[1], 6, 0), Arm(MAIN[1], 12, 0), Arm("wide", 12, 0))
             },
-            DIFFERENCES[:-1],
+            DIFFERENCES[:-2],
         ),
-        "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2])),
+        "equal_variance": at_equal_variance(results, ("L0", *ABSORPTION, *others[:2], "edges")),
         "levels": table(results, "level", levels, (*SCORES, "dead")),
         "first_level": table(
             earlier,
