@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "tree" in args.steps:
             for arm in arms:
                 experiment.build_tree(arm)
-        if "evaluate" in args.steps and not experiment.evaluate(arms):
+        is_evaluated = "evaluate" not in args.steps or experiment.evaluate(arms)
+        if missing := experiment.not_here(arms, args.steps):
+            print(f"left out, because {experiment.saes} does not hold them: {', '.join(missing)}")
+        if not is_evaluated:
             print("error: some evaluations gave no result; see above.", file=sys.stderr)
             return 1
     except ValueError as error:
@@ -111,8 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped. The same command resumes.", file=sys.stderr)
         return 130
-    if args.steps != ["train"] and (missing := experiment.trained_elsewhere(arms)):
-        print(f"no trees or evaluations, since not in {experiment.saes}: {', '.join(missing)}")
     tables = f"python -m examples.smollm2.report --results {results}"
     print(f"{results} has what was found; for tables: {tables}")
     return 0
@@ -207,14 +208,16 @@ class Experiment:
                     self._evaluate(evaluation, layer, of_them, levels)
         return all(self._is_evaluated(arm, each) for arm in trained for each in SETTINGS)
 
-    def trained_elsewhere(self, arms: Iterable[Arm]) -> list[str]:
-        """The SAEs that are not here and whose results lack what can't be computed without them."""
-        return [
-            arm.name
-            for arm in arms
-            if (known := self.result(arm)) and not self._is_trained(arm)
-            if "tree" not in known or not all(self._is_evaluated(arm, each) for each in SETTINGS)
-        ]
+    def not_here(self, arms: Iterable[Arm], steps: Sequence[str]) -> list[str]:
+        """The names of SAEs that are not in `saes` and lack results of these steps."""
+        names = []
+        for arm in arms:
+            lacks_tree = "tree" in steps and "tree" not in self.result(arm)
+            evaluated = all(self._is_evaluated(arm, each) for each in SETTINGS)
+            lacks_evaluation = "evaluate" in steps and not evaluated
+            if (lacks_tree or lacks_evaluation) and not self._is_trained(arm):
+                names.append(arm.name)
+        return names
 
     def _is_trained(self, arm: Arm) -> bool:
         return (self._sae(arm) / "runner_cfg.json").exists()  # which SAELens writes last

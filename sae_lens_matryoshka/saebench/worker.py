@@ -51,7 +51,7 @@ def make_config(job: Job) -> Any:
         "random_seed": job.seed,
         "llm_dtype": LLM_NAME_TO_DTYPE.get(job.model_name, "float32"),
         "llm_batch_size": batch_size // _BATCH_DIVISORS.get(job.evaluation, 1),
-        # of meta-SAEs; in bfloat16 they take hours on a processor that has no instructions for it
+        # Only meta-SAEs have it. Without bfloat16 instructions they would take hours.
         "autocast": torch.device(job.device).type != "cpu" or multiplies_bfloat16(),
         # Activations depend on the model alone, so seeds share them.
         "model_cache_path": str(job.shared / "activations"),

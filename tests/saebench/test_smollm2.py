@@ -152,7 +152,11 @@ def test_it_loads_with_plain_saelens(data: Path, result: dict[str, Any]) -> None
 
 
 def test_the_shipped_file_is_halved_and_measured(
-    data: Path, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    result: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shipped = tmp_path / "shipped"
     monkeypatch.setattr(ship, "SAE_FOLDER", shipped)
@@ -164,15 +168,19 @@ def test_the_shipped_file_is_halved_and_measured(
     torch.testing.assert_close(plain.W_dec, trained.W_dec.half(), rtol=0, atol=0)
     card = (shipped / "README.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
-    in_card = {row[0]: row for row in rows}
+    header = next(row for row in rows if row[0] == "width")
+    in_card = {row[0]: dict(zip(header, row, strict=True)) for row in rows if len(row) > 2}
     for level in result["levels"]:
-        _, _, l0, explained, *_ = in_card[str(level["width"])]
-        assert float(l0) == pytest.approx(level["l0"], abs=0.05)  # float16 moves few activations
-        assert float(explained) == pytest.approx(level["explained_variance"], abs=0.002)
+        row = in_card[str(level["width"])]
+        assert float(row["L0"]) == pytest.approx(level["l0"], abs=0.05)  # float16 moves few
+        assert float(row["variance explained"]) == pytest.approx(
+            level["explained_variance"], abs=0.002
+        )
     assert "SAE.load_from_disk(SAE_FOLDER)" in card
     assert "texts/train" not in card
     assert "held_out_layer" not in card
     assert ship.main(["nothing", "--experiment", str(data / "experiment")]) == 2
+    assert "nothing is not a folder." in capsys.readouterr().err
 
 
 def test_residuals_are_those_of_transformers(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
